@@ -1,0 +1,10 @@
+//! Every decision tombolo takes, without I/O.
+//!
+//! Time and randomness are arguments. One-shot decisions are pure functions; lasting state is a
+//! state machine driven by `handle_*`, `poll_event` and `poll_timeout`. The shells (the other
+//! crates) perform what is decided here.
+
+pub mod id;
+pub mod model;
+pub mod refusal;
+pub mod sni;
