@@ -8,3 +8,4 @@ pub mod id;
 pub mod model;
 pub mod refusal;
 pub mod sni;
+pub mod trace;
