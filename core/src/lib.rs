@@ -5,6 +5,7 @@
 //! crates) perform what is decided here.
 
 pub mod id;
+pub mod invitation;
 pub mod model;
 pub mod refusal;
 pub mod sni;
