@@ -4,9 +4,13 @@
 //! state machine driven by `handle_*`, `poll_event` and `poll_timeout`. The shells (the other
 //! crates) perform what is decided here.
 
+pub mod backoff;
+pub mod door;
 pub mod id;
 pub mod invitation;
+pub mod liveness;
 pub mod model;
 pub mod refusal;
 pub mod sni;
+pub mod stall;
 pub mod trace;
