@@ -6,6 +6,8 @@
 
 pub mod backoff;
 pub mod door;
+pub mod catalog;
+pub mod conflict;
 pub mod id;
 pub mod invitation;
 pub mod liveness;
@@ -13,4 +15,5 @@ pub mod model;
 pub mod refusal;
 pub mod sni;
 pub mod stall;
+pub mod source;
 pub mod trace;

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{ClusterId, EndpointId, InvalidName, ServiceName, SpiffeId};
+use crate::id::{ClusterId, EndpointId, GatewayId, InvalidName, ServiceName, SpiffeId};
 
 /// Transport protocol of a service port (`Service.spec.ports[].protocol`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -197,6 +197,14 @@ impl Authority {
     pub fn accepts(&self, service: &ServiceName) -> bool {
         self.imports.iter().any(|selector| selector.matches(service))
     }
+}
+
+/// Where a gateway's tunnel port is reached from other clusters.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct GatewayAddress {
+    pub gateway: GatewayId,
+    /// `host:port`; the host may be a name, which is resolved at each dial.
+    pub address: String,
 }
 
 /// How current what is known of a cluster is.

@@ -1,1 +1,14 @@
+//! The federation role: one cluster's control plane.
+//!
+//! One task owns the mutable state ([`hub`]); servers and clients around it send it inputs over a
+//! bounded channel and read immutable snapshots.
 
+pub mod discovery;
+pub mod hub;
+pub mod identity;
+pub mod operator;
+pub mod peering;
+pub mod registry;
+pub mod source;
+pub mod store;
+pub mod sync;

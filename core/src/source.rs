@@ -1,0 +1,54 @@
+//! What a cluster's source declares: the services, exports and grants that its operator wrote.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::id::{ClusterId, EndpointId, InstanceName, ServiceName, SpiffeId};
+use crate::model::{Authority, ServiceKind, ServicePort, SessionAffinity};
+
+/// All that the source declares, as one consistent reading.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LocalState {
+    pub services: BTreeMap<ServiceName, LocalService>,
+    /// Grants written as resources; for a peer named here they replace those given at the invitation.
+    pub peers: BTreeMap<ClusterId, Authority>,
+    /// What could not be read; the last good reading of it stays in force.
+    pub problems: Vec<SourceProblem>,
+}
+
+/// A service of this cluster, exported or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalService {
+    pub service: ServiceName,
+    /// When its export was first seen; `None` while it is not exported.
+    pub exported: Option<Timestamp>,
+    pub kind: ServiceKind,
+    pub session_affinity: SessionAffinity,
+    pub ports: BTreeSet<ServicePort>,
+    /// The identities that may serve it. Empty means that nobody may.
+    pub server_ids: BTreeSet<SpiffeId>,
+    pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
+}
+
+/// An endpoint as a slice declares it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalEndpoint {
+    /// The registered sidecar that delivers to it; without one it can't become ready.
+    pub instance: Option<InstanceName>,
+    pub hostname: Option<String>,
+    pub zone: Option<String>,
+    pub weight: u32,
+    /// The slice's own `ready` condition; a registration must confirm it.
+    pub declared_ready: bool,
+}
+
+/// A part of the source that is refused, for the operator who wrote it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct SourceProblem {
+    pub file: String,
+    /// 1-based; 0 when the problem has no line.
+    pub line: u32,
+    pub reason: String,
+}

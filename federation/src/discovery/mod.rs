@@ -1,0 +1,1 @@
+//! Discovery: what this federation tells its own sidecars and gateways.

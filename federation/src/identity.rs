@@ -1,0 +1,1 @@
+//! The identity server: SVIDs from join entries and by renewal.

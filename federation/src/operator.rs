@@ -1,0 +1,1 @@
+//! The operator API on its Unix socket.

@@ -1,0 +1,1 @@
+//! Peering: invitations, their redemption over the gateways, removal.

@@ -1,0 +1,1 @@
+//! What a federation keeps over restarts: peers, invitations, join entries, epoch, first-seen times.

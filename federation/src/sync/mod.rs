@@ -1,0 +1,1 @@
+//! Peer sync: what this cluster publishes to its peers, and what it takes from them.
