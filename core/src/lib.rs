@@ -8,6 +8,7 @@ pub mod backoff;
 pub mod door;
 pub mod catalog;
 pub mod conflict;
+pub mod health;
 pub mod id;
 pub mod invitation;
 pub mod liveness;

@@ -1,0 +1,270 @@
+//! The sidecar's configuration: one YAML file, parsed once.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tombolo_core::health::Thresholds;
+use tombolo_core::id::{InstanceName, ServiceName};
+use tombolo_core::model::AppProtocol;
+
+/// Everything a sidecar is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    /// The name under which this sidecar registers; `EndpointSlice.endpoints[].targetRef.name` points to it.
+    pub instance: InstanceName,
+    pub zone: Option<String>,
+    pub federation: FederationConfig,
+    /// File with the join token. Not needed once an identity is in `state`.
+    pub join: Option<PathBuf>,
+    /// Directory for the identity's key and certificate.
+    pub state: PathBuf,
+    /// The application's forward proxy: HTTP/1.1 and HTTP/2 with prior knowledge, CONNECT included.
+    #[serde(default = "default_outbound")]
+    pub outbound: SocketAddr,
+    /// Further listeners, each for one port of one service.
+    #[serde(default)]
+    pub listeners: Vec<ListenerConfig>,
+    /// Where inner legs arrive.
+    #[serde(default = "default_inbound")]
+    pub inbound: SocketAddr,
+    /// host:port at which gateways and other sidecars of this cluster reach `inbound`; its bound address if absent.
+    pub advertise: Option<String>,
+    /// What the application behind this sidecar serves.
+    #[serde(default)]
+    pub services: Vec<ServiceConfig>,
+    #[serde(default)]
+    pub retry: RetryConfig,
+    #[serde(default)]
+    pub limits: LimitsConfig,
+    #[serde(default = "default_admin")]
+    pub admin: SocketAddr,
+    #[serde(with = "humantime_serde", default = "default_drain_deadline")]
+    pub drain_deadline: Duration,
+}
+
+/// How to reach this cluster's federation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct FederationConfig {
+    /// host:port of its discovery and identity service.
+    pub address: String,
+    /// The cluster's root certificate (PEM), which pins the federation.
+    pub ca: PathBuf,
+}
+
+/// A local port that leads to one port of one service.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ListenerConfig {
+    pub listen: SocketAddr,
+    pub to: ServicePortName,
+}
+
+/// A service's port, written `db.data:5432` (also `data/db:5432`).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServicePortName {
+    pub service: ServiceName,
+    pub port: u16,
+}
+
+impl std::fmt::Display for ServicePortName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}:{}", self.service.name(), self.service.namespace(), self.port)
+    }
+}
+
+impl std::str::FromStr for ServicePortName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (service, port) =
+            text.rsplit_once(':').ok_or_else(|| format!("{text:?} has no port: write name.namespace:port"))?;
+        let port = port.parse::<u16>().ok().filter(|port| *port != 0);
+        let port = port.ok_or_else(|| format!("{text:?}: a port is a number from 1 to 65535"))?;
+        Ok(Self { service: service.parse().map_err(|error| format!("{error}"))?, port })
+    }
+}
+
+impl Serialize for ServicePortName {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ServicePortName {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// One port of one service that the application behind this sidecar serves.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServiceConfig {
+    pub service: ServiceName,
+    /// The service's port, as callers know it.
+    pub port: u16,
+    /// host:port at which the application accepts connections.
+    pub app: String,
+    /// How the application expects the bytes.
+    #[serde(default)]
+    pub protocol: AppProtocol,
+    #[serde(default)]
+    pub health: HealthConfig,
+}
+
+/// The active check that decides whether the application is ready.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct HealthConfig {
+    /// GET this path; any 2xx or 3xx passes.
+    pub http: Option<HttpCheck>,
+    /// The gRPC health protocol (`grpc.health.v1.Health/Check`).
+    pub grpc: Option<GrpcCheck>,
+    /// A TCP connection that is accepted passes. This is the check if no other is given.
+    pub tcp: Option<TcpCheck>,
+    #[serde(with = "humantime_serde")]
+    pub interval: Duration,
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    pub healthy_after: u32,
+    pub unhealthy_after: u32,
+}
+
+impl Default for HealthConfig {
+    fn default() -> Self {
+        let Thresholds { healthy_after, unhealthy_after } = Thresholds::default();
+        Self {
+            http: None,
+            grpc: None,
+            tcp: None,
+            interval: Duration::from_secs(1),
+            timeout: Duration::from_secs(1),
+            healthy_after,
+            unhealthy_after,
+        }
+    }
+}
+
+impl HealthConfig {
+    pub fn thresholds(&self) -> Thresholds {
+        Thresholds { healthy_after: self.healthy_after.max(1), unhealthy_after: self.unhealthy_after.max(1) }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HttpCheck {
+    pub path: String,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct GrpcCheck {
+    /// The service name in the check; empty asks for the server as a whole.
+    #[serde(default)]
+    pub service: String,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TcpCheck {}
+
+/// Second tries of outbound requests.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct RetryConfig {
+    /// Tries in all, the first included; 1 never tries again.
+    pub tries: u32,
+    /// From picking an endpoint until the response's head, connection set-up included. No limit if absent.
+    #[serde(with = "humantime_serde")]
+    pub per_try_timeout: Option<Duration>,
+    /// From the request until the response's head, over all tries. No limit if absent.
+    #[serde(with = "humantime_serde")]
+    pub deadline: Option<Duration>,
+    /// Second tries as a share of the requests, beside ten a second.
+    pub budget: f64,
+}
+
+impl Default for RetryConfig {
+    fn default() -> Self {
+        Self { tries: 3, per_try_timeout: None, deadline: None, budget: 0.2 }
+    }
+}
+
+/// Bounds on what this sidecar holds at once.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// Connections of the application, over all outbound listeners.
+    pub connections: usize,
+    /// Services known at once through discovery.
+    pub services: usize,
+    /// Requests that share an inner leg before another is opened.
+    pub requests_per_leg: u32,
+    /// Shared inner legs for one endpoint.
+    pub legs_per_endpoint: usize,
+    /// From dialling to the end of the handshake of an inner leg.
+    #[serde(with = "humantime_serde")]
+    pub connect_timeout: Duration,
+    /// Inner legs without a request for this long are closed.
+    #[serde(with = "humantime_serde")]
+    pub leg_idle: Duration,
+    /// How long the first request for a service waits to hear of it.
+    #[serde(with = "humantime_serde")]
+    pub discovery_wait: Duration,
+    /// A service that nothing asked for during this time is no longer followed.
+    #[serde(with = "humantime_serde")]
+    pub service_idle: Duration,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            connections: 16_384,
+            services: 1_024,
+            requests_per_leg: 64,
+            legs_per_endpoint: 8,
+            connect_timeout: Duration::from_secs(2),
+            leg_idle: Duration::from_secs(90),
+            discovery_wait: Duration::from_secs(2),
+            service_idle: Duration::from_secs(600),
+        }
+    }
+}
+
+fn default_outbound() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 15001))
+}
+
+fn default_inbound() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 15008))
+}
+
+fn default_admin() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 15020))
+}
+
+fn default_drain_deadline() -> Duration {
+    Duration::from_secs(10)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn listener_targets_are_read_in_two_spellings() {
+        for text in ["db.data:5432", "data/db:5432"] {
+            let target: ServicePortName = text.parse().unwrap();
+            assert_eq!(target.to_string(), "db.data:5432");
+        }
+        for text in ["db.data", "db:5432", "db.data:0", "db.data:x", ""] {
+            assert!(text.parse::<ServicePortName>().is_err(), "{text}");
+        }
+    }
+}
