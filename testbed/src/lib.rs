@@ -1,0 +1,8 @@
+//! Clusters as real processes on loopback, each made of the `tombolo` binary's roles with free ports and
+//! state in a directory of its own. The demo, the end-to-end tests and the benches are built on it.
+
+mod cluster;
+mod process;
+
+pub use cluster::{Announced, Cluster, Sidecar};
+pub use process::{Binary, Process};
