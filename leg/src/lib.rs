@@ -8,7 +8,10 @@
 //!
 //! Nothing here counts or logs refusals: they are returned, typed, and the roles count them.
 
+pub mod accept;
 pub mod client_hello;
+pub mod dial;
+pub mod discovery;
 mod frame_io;
 pub mod opaque;
 pub mod proxy_header;
