@@ -5,6 +5,7 @@
 
 pub mod convert;
 pub mod frame;
+pub mod k8s;
 
 /// Generated code; names and comments are those of the `.proto` files beside this crate.
 pub mod proto {

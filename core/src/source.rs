@@ -1,5 +1,10 @@
 //! What a cluster's source declares: the services, exports and grants that its operator wrote.
 
+pub mod declared;
+mod reduce;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
@@ -8,12 +13,16 @@ use serde::Serialize;
 use crate::id::{ClusterId, EndpointId, InstanceName, ServiceName, SpiffeId};
 use crate::model::{Authority, ServiceKind, ServicePort, SessionAffinity};
 
+pub use reduce::{ENDPOINTS_MAX, PROBLEMS_MAX, SERVICES_MAX, Surroundings, reduce};
+
 /// All that the source declares, as one consistent reading.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LocalState {
     pub services: BTreeMap<ServiceName, LocalService>,
     /// Grants written as resources; for a peer named here they replace those given at the invitation.
     pub peers: BTreeMap<ClusterId, Authority>,
+    /// Peerings that are made by a resource alone, with the peer's bundle in it.
+    pub declared_peers: BTreeMap<ClusterId, declared::DeclaredPeer>,
     /// What could not be read; the last good reading of it stays in force.
     pub problems: Vec<SourceProblem>,
 }

@@ -1,0 +1,111 @@
+//! The resources that operators write, in Kubernetes' own shapes: Service and EndpointSlice as
+//! Kubernetes has them, ServiceExport (KEP-1645) and tombolo's ClusterPeer.
+//!
+//! Kubernetes' resources are read as an API server of a later release may write them: unknown fields
+//! are skipped. In tombolo's own resources an unknown field is a mistake and is refused.
+
+mod convert;
+mod read;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::{Deserialize, Serialize};
+use tombolo_core::id::{ClusterId, TrustDomain};
+use tombolo_core::model::ServiceSelector;
+
+pub use convert::declared;
+pub use read::{DOCUMENTS_MAX, Document, Unreadable, documents};
+
+pub const MULTICLUSTER_GROUP: &str = "multicluster.x-k8s.io";
+pub const TOMBOLO_GROUP: &str = "tombolo.dev";
+/// The accounts of a Service's namespace that may serve it, separated by commas.
+pub const SERVICE_ACCOUNTS_ANNOTATION: &str = "tombolo.dev/service-accounts";
+/// Relative share of the requests for each endpoint of a slice; 1 unless set.
+pub const WEIGHT_ANNOTATION: &str = "tombolo.dev/weight";
+/// Which Service an EndpointSlice belongs to (Kubernetes' own label).
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// The namespace of an object that names none.
+pub const DEFAULT_NAMESPACE: &str = "default";
+
+/// `ServiceExport` of `multicluster.x-k8s.io/v1beta1` or `v1alpha1`: exports the Service of the same name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceExport {
+    pub api_version: String,
+    pub kind: String,
+    pub metadata: ObjectMeta,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spec: Option<ServiceExportSpec>,
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceExportSpec {
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub exported_labels: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub exported_annotations: BTreeMap<String, String>,
+}
+
+/// `ClusterPeer` of `tombolo.dev/v1alpha1`: what this cluster and one peer grant each other, and with a
+/// bundle the peering itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClusterPeer {
+    pub api_version: String,
+    pub kind: String,
+    pub metadata: ObjectMeta,
+    pub spec: ClusterPeerSpec,
+    /// Written by tombolo, ignored when read.
+    #[serde(default, skip_serializing)]
+    pub status: serde::de::IgnoredAny,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClusterPeerSpec {
+    pub cluster: ClusterId,
+    /// Required beside a bundle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust_domain: Option<TrustDomain>,
+    /// What the peer is offered among what is exported; everything unless set.
+    #[serde(default = "everything")]
+    pub exports: Vec<ServiceSelector>,
+    /// What the peer may bring in; nothing unless set.
+    #[serde(default)]
+    pub imports: Vec<ServiceSelector>,
+    /// The peer's roots: makes the peering without an invitation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bundle: Option<ClusterPeerBundle>,
+    /// `host:port` of the peer's gateways.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gateways: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClusterPeerBundle {
+    /// One or more PEM certificates.
+    pub roots: String,
+    /// Bundles with a lower sequence than one seen before are refused.
+    #[serde(default)]
+    pub sequence: u64,
+}
+
+fn everything() -> Vec<ServiceSelector> {
+    vec![ServiceSelector::All]
+}
+
+/// One resource of a kind that tombolo reads.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Resource {
+    Service(Box<Service>),
+    EndpointSlice(Box<EndpointSlice>),
+    ServiceExport(Box<ServiceExport>),
+    ClusterPeer(Box<ClusterPeer>),
+}

@@ -1,0 +1,193 @@
+use super::*;
+use proptest::prelude::*;
+use tombolo_core::source::declared::{Object, ServiceType};
+
+const SHOP: &str = "\
+# The shop.
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: web
+  namespace: shop
+  annotations: {tombolo.dev/service-accounts: 'web, web-canary'}
+spec:
+  ports:
+  - {name: http, port: 80, targetPort: 8080}
+  - {name: admin, port: 9000, appProtocol: kubernetes.io/h2c}
+  aFieldOfALaterRelease: {}
+--- # the endpoints
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata:
+  name: web-1
+  namespace: shop
+  labels: {kubernetes.io/service-name: web}
+  annotations: {tombolo.dev/weight: '3'}
+addressType: IPv4
+endpoints:
+- addresses: [192.0.2.7]
+  targetRef: {kind: Pod, name: web-a}
+  zone: z1
+- addresses: [192.0.2.8]
+  conditions: {ready: false}
+  hostname: web-b
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: not-ours}
+---
+apiVersion: multicluster.x-k8s.io/v1beta1
+kind: ServiceExport
+metadata: {name: web, namespace: shop}
+spec: {exportedLabels: {a: b}}
+---
+apiVersion: tombolo.dev/v1alpha1
+kind: ClusterPeer
+metadata: {name: west}
+spec:
+  cluster: west
+  imports: [shop, 'data/db']
+";
+
+fn objects(text: &str) -> Vec<(u32, Object)> {
+    let read = documents(text).unwrap();
+    read.into_iter().map(|document| (document.line, declared(document.resource).unwrap())).collect()
+}
+
+#[test]
+fn a_file_of_several_documents_is_read_with_lines() {
+    let objects = objects(SHOP);
+    assert_eq!(objects.iter().map(|(line, _)| *line).collect::<Vec<_>>(), [3, 15, 35, 40]);
+    let [(_, Object::Service(web)), (_, Object::Slice(slice)), (_, Object::Export(export)), (_, Object::Peer(peer))] =
+        objects.as_slice()
+    else {
+        panic!("{objects:?}")
+    };
+    assert_eq!(web.service.to_string(), "shop/web");
+    assert_eq!(web.service_type, ServiceType::ClusterIp);
+    assert_eq!(web.service_accounts, ["web", "web-canary"]);
+    let ports: Vec<_> = web.ports.iter().map(|port| (port.port, port.app)).collect();
+    use tombolo_core::model::AppProtocol::{Http, Http2};
+    assert_eq!(ports, [(80, Http), (9000, Http2)]);
+    assert_eq!(slice.service.to_string(), "shop/web");
+    let [first, second] = slice.endpoints.as_slice() else { panic!() };
+    assert_eq!((first.instance.as_ref().unwrap().as_str(), first.ready, first.weight), ("web-a", true, 3));
+    assert_eq!((second.instance.as_ref(), second.ready, second.key.as_str()), (None, false, "web-b"));
+    assert_eq!(export.service.to_string(), "shop/web");
+    assert_eq!(peer.authority.exports, [ServiceSelector::All]);
+    assert_eq!(peer.authority.imports.len(), 2);
+}
+
+/// The line and the beginning of the reason that `text` is refused with.
+fn refused(text: &str) -> (u32, String) {
+    match documents(text) {
+        Err(wrong) => (wrong[0].line, wrong[0].reason.clone()),
+        Ok(read) => {
+            let document = read.into_iter().next().expect("a document was read");
+            (document.line, declared(document.resource).expect_err("it should be refused"))
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_is_refused_with_line_and_reason() {
+    let peer = "apiVersion: tombolo.dev/v1alpha1\nkind: ClusterPeer\nmetadata: {name: w}\nspec:\n  cluster: w\n";
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n";
+    let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: s\n";
+    let labelled = format!("{slice}  labels: {{kubernetes.io/service-name: web}}\n");
+    for (text, line, want) in [
+        ("# c\n\nkind: Service\n".into(), 3, "every document needs apiVersion and kind"),
+        ("apiVersion: v1\nkind: Service\nmetadata: {name: [a}\n".into(), 3, ""),
+        ("a: b\n---\napiVersion: v1\n\tkind: Service\n".into(), 1, "every document needs"),
+        ("- a\n- b\n".into(), 1, ""),
+        ("apiVersion: v1\nkind: List\nitems: []\n".into(), 1, "List is not read"),
+        ("apiVersion: multicluster.x-k8s.io/v1\nkind: ServiceExport\n".into(), 1, "ServiceExport is not read as"),
+        ("apiVersion: tombolo.dev/v1alpha1\nkind: ClusterPear\n".into(), 1, "tombolo.dev/v1alpha1 has no kind"),
+        (format!("{peer}  import: [shop]\n"), 6, "unknown field `import`"),
+        (format!("{peer}  imports: [Shop]\n"), 6, "\"Shop\" is not a valid namespace"),
+        (format!("{peer}  gateways: ['gw:1']\n"), 1, "ClusterPeer w: spec.gateways needs spec.bundle"),
+        (format!("{peer}  bundle: {{roots: x}}\n"), 1, "ClusterPeer w: spec.bundle needs spec.trustDomain"),
+        (format!("{peer}  gateways: [gw]\n"), 1, "ClusterPeer w: spec.gateways: \"gw\" is not host:port"),
+        (format!("{service}  ports: [{{port: 0}}]\n"), 1, "Service default/web: port 0 is not from 1 to 65535"),
+        (format!("{service}  ports: [{{port: eighty}}]\n"), 5, ""),
+        (format!("{service}  type: Magic\n"), 1, "Service default/web: spec.type \"Magic\""),
+        (format!("{service}  ports: [{{port: 1, protocol: QUIC}}]\n"), 1, "Service default/web: protocol \"QUIC\""),
+        ("apiVersion: v1\nkind: Service\nmetadata: {name: web}\n".into(), 1, "Service default/web has no spec"),
+        (
+            "apiVersion: v1\nkind: Service\nmetadata: {name: Web}\nspec: {}\n".into(),
+            1,
+            "Service \"Web\": \"Web\" is not",
+        ),
+        ("apiVersion: v1\nkind: Service\nmetadata: {}\nspec: {}\n".into(), 1, "Service: metadata.name is missing"),
+        (slice.into(), 1, "EndpointSlice \"s\" needs the label kubernetes.io/service-name"),
+        (format!("{labelled}  annotations: {{tombolo.dev/weight: '0'}}\n"), 1, "EndpointSlice s: tombolo.dev/weight"),
+        (
+            format!("{labelled}endpoints: [{{addresses: []}}]\n"),
+            1,
+            "EndpointSlice s: an endpoint has no targetRef.name",
+        ),
+        (
+            format!("{labelled}endpoints: [{{addresses: [], targetRef: {{name: A}}}}]\n"),
+            1,
+            "EndpointSlice s: targetRef.name: \"A\"",
+        ),
+    ] {
+        let (got_line, reason) = refused(&text);
+        assert!(got_line == line && reason.starts_with(want), "{text}\nline {got_line}: {reason}");
+        assert!(!reason.contains(" at line "), "{reason}");
+    }
+}
+
+#[test]
+fn lines_count_over_the_whole_file_and_every_bad_document_is_reported() {
+    let bad = "apiVersion: v1\nkind: Service\nspec: 1\n";
+    let text = format!("# head\n---\n{bad}---\n{SHOP}---\n{bad}");
+    let wrong = documents(&text).unwrap_err();
+    let last = text.lines().count() as u32;
+    assert_eq!(wrong.iter().map(|one| one.line).collect::<Vec<_>>(), [5, last]);
+}
+
+#[test]
+fn separators_are_found_where_yaml_allows_them_only() {
+    let text = "--- {apiVersion: v1, kind: ConfigMap}\n...\n---\n# nothing\n---\n%not: a directive";
+    assert_eq!(documents(text).map_err(|wrong| wrong.len()), Ok(vec![]));
+    let block = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  annotations:\n    note: |\n      ---\n      x\nspec: {ports: [{port: 1}]}\n";
+    assert_eq!(objects(block).len(), 1);
+    let windows = block.replace('\n', "\r\n");
+    assert_eq!(objects(&format!("\u{feff}---\r\n{windows}")).len(), 1);
+}
+
+#[test]
+fn the_number_of_documents_and_the_size_of_a_reason_are_bounded() {
+    let many = "---\nkind: X\napiVersion: v1\n".repeat(DOCUMENTS_MAX + 5);
+    let wrong = documents(&many).unwrap_err();
+    assert_eq!(wrong.len(), 1);
+    let (_, reason) =
+        refused(&format!("apiVersion: tombolo.dev/v1alpha1\nkind: ClusterPeer\n{}: 1\n", "x".repeat(900)));
+    assert!(reason.chars().count() <= 300, "{reason}");
+}
+
+proptest! {
+    #[test]
+    fn no_text_makes_the_reader_panic(text in "\\PC{0,300}") {
+        let _ = documents(&text);
+    }
+
+    #[test]
+    fn no_yaml_like_text_makes_it_panic(text in "(apiVersion: v1\nkind: Service\n)?([-a-z{}\\[\\]&*|>!%:, '\"\t]{0,20}\n){0,12}") {
+        for document in documents(&text).into_iter().flatten() {
+            let _ = declared(document.resource);
+        }
+    }
+
+    #[test]
+    fn no_octets_make_it_panic(octets in proptest::collection::vec(any::<u8>(), 0..300)) {
+        let _ = documents(&String::from_utf8_lossy(&octets));
+    }
+
+    #[test]
+    fn a_file_cut_anywhere_makes_it_not_panic(cut in 0..SHOP.len()) {
+        let _ = documents(&SHOP[..cut]);
+    }
+}

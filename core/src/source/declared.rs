@@ -1,0 +1,103 @@
+//! The objects of a source as its operator wrote them, each parsed but not yet seen beside the others.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::id::{ClusterId, InstanceName, ServiceName, TrustDomain};
+use crate::model::{Authority, ServicePort, SessionAffinity};
+
+/// Where an object was written.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    pub file: Arc<str>,
+    /// 1-based line of the object's first key.
+    pub line: u32,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
+}
+
+/// An object and where it was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Declared {
+    pub place: Place,
+    pub object: Object,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    Service(DeclaredService),
+    Slice(DeclaredSlice),
+    Export(DeclaredExport),
+    Peer(DeclaredPeer),
+}
+
+/// What of `Service.spec.type` and `clusterIP` matters to the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceType {
+    ClusterIp,
+    Headless,
+    /// An alias of a DNS name: has no endpoints of its own and can't be exported (KEP-1645).
+    ExternalName,
+}
+
+/// `Service` (v1).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeclaredService {
+    pub service: ServiceName,
+    pub service_type: ServiceType,
+    pub session_affinity: SessionAffinity,
+    pub ports: Vec<ServicePort>,
+    /// The accounts of the Service's namespace that may serve it.
+    pub service_accounts: Vec<String>,
+}
+
+/// `EndpointSlice` (discovery.k8s.io/v1).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeclaredSlice {
+    pub name: String,
+    pub service: ServiceName,
+    pub endpoints: Vec<DeclaredEndpoint>,
+}
+
+/// One endpoint of a slice. Its address stays behind: peers never see one, and sidecars register theirs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeclaredEndpoint {
+    /// `targetRef.name`: the sidecar that delivers to it.
+    pub instance: Option<InstanceName>,
+    /// What tells it apart from its neighbours where no instance is named: host name or address.
+    pub key: String,
+    pub hostname: Option<String>,
+    pub zone: Option<String>,
+    pub weight: u32,
+    pub ready: bool,
+}
+
+/// `ServiceExport` (multicluster.x-k8s.io).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeclaredExport {
+    pub service: ServiceName,
+}
+
+/// `ClusterPeer` (tombolo.dev/v1alpha1).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeclaredPeer {
+    pub cluster: ClusterId,
+    pub trust_domain: Option<TrustDomain>,
+    pub authority: Authority,
+    /// With a bundle the resource makes the peering; without one it only grants.
+    pub bundle: Option<DeclaredBundle>,
+    /// `host:port` of the peer's gateways.
+    pub gateways: Vec<String>,
+}
+
+/// The roots of a peer's trust domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeclaredBundle {
+    pub sequence: u64,
+    /// One or more PEM certificates.
+    pub roots_pem: String,
+}
