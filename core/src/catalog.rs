@@ -2,10 +2,14 @@
 //! into one view per service that does not depend on the order in which the parts arrived.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
-use crate::conflict::Conflict;
+use crate::conflict::{self, Conflict};
 use crate::id::{ClusterId, EndpointId, ServiceName};
-use crate::model::ClusterShare;
+use crate::import::{Import, StreamBroken, Touched};
+use crate::model::{Authority, ClusterShare, Export, Freshness, Origin};
+use crate::publish::Update;
+use crate::sni::SYSTEM_NAMESPACE;
 
 /// Where a sidecar of this cluster accepts inner legs for one port of one endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,11 +22,21 @@ pub struct Delivery {
 /// Deliveries of a service of this cluster, by endpoint and port.
 pub type Deliveries = BTreeMap<EndpointId, BTreeMap<u16, Delivery>>;
 
+/// A service of this cluster with the endpoints that it really has.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LocalShare {
+    pub export: Arc<Export>,
+    /// Whether it may leave this cluster at all.
+    pub exported: bool,
+    pub deliveries: Deliveries,
+}
+
 /// One service as this cluster sees it: every cluster's share, inside the import grants.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ServiceView {
     pub service: ServiceName,
-    /// In the order of cluster ids. The own cluster's share is here whether it is exported or not.
+    /// In the order of cluster ids. The own cluster's share is here whether it is exported or not: what is
+    /// not exported is still served to the cluster's own workloads, but takes no part in conflicts.
     pub shares: Vec<ClusterShare>,
     /// Where the endpoints of the own share are delivered.
     pub deliveries: Deliveries,
@@ -33,4 +47,191 @@ pub struct ServiceView {
     pub exported: bool,
     /// The peers that this cluster offers it to.
     pub offered_to: BTreeSet<ClusterId>,
+}
+
+/// A peered cluster in the catalogue.
+#[derive(Debug, Clone)]
+struct Peer {
+    authority: Authority,
+    freshness: Freshness,
+    import: Import,
+}
+
+/// Services whose views changed.
+pub type Changed = BTreeSet<ServiceName>;
+
+/// The catalogue's state machine. Inputs return the services whose views changed.
+#[derive(Debug, Clone)]
+pub struct Catalog {
+    cluster: ClusterId,
+    local: BTreeMap<ServiceName, LocalShare>,
+    peers: BTreeMap<ClusterId, Peer>,
+    views: BTreeMap<ServiceName, Arc<ServiceView>>,
+}
+
+impl Catalog {
+    pub fn new(cluster: ClusterId) -> Self {
+        Self { cluster, local: BTreeMap::new(), peers: BTreeMap::new(), views: BTreeMap::new() }
+    }
+
+    pub fn views(&self) -> &BTreeMap<ServiceName, Arc<ServiceView>> {
+        &self.views
+    }
+
+    pub fn import(&self, cluster: &ClusterId) -> Option<&Import> {
+        self.peers.get(cluster).map(|peer| &peer.import)
+    }
+
+    /// What this cluster publishes to one peer: exported, and offered to it.
+    pub fn published_to(&self, cluster: &ClusterId) -> BTreeMap<ServiceName, Arc<Export>> {
+        let Some(peer) = self.peers.get(cluster) else { return BTreeMap::new() };
+        let offered = |share: &&LocalShare| share.exported && peer.authority.offers(&share.export.service);
+        let published = self.local.values().filter(offered);
+        published.map(|share| (share.export.service.clone(), share.export.clone())).collect()
+    }
+
+    /// Replaces this cluster's own services.
+    pub fn handle_local(&mut self, local: BTreeMap<ServiceName, LocalShare>) -> Changed {
+        let mut touched: Changed = self.local.keys().filter(|service| !local.contains_key(*service)).cloned().collect();
+        self.local.retain(|service, _| local.contains_key(service));
+        for (service, share) in local {
+            // An unchanged share keeps its allocation, so that publishing sees at once that it is the same.
+            if self.local.get(&service) != Some(&share) {
+                self.local.insert(service.clone(), share);
+                touched.insert(service.clone());
+            }
+        }
+        self.refresh(touched)
+    }
+
+    /// A peer is there, with what was held of it before. Replaces the peer of the same cluster.
+    pub fn handle_peer_added(&mut self, cluster: ClusterId, authority: Authority, import: Import) -> Changed {
+        let mut touched = self.concerned(&cluster);
+        self.peers.insert(cluster.clone(), Peer { authority, freshness: Freshness::Fresh, import });
+        touched.extend(self.concerned(&cluster));
+        self.refresh(touched)
+    }
+
+    /// The peering has ended: all that came from the peer goes at once.
+    pub fn handle_peer_removed(&mut self, cluster: &ClusterId) -> Changed {
+        let touched = self.concerned(cluster);
+        self.peers.remove(cluster);
+        self.refresh(touched)
+    }
+
+    /// Other grants for a peer.
+    pub fn handle_authority(&mut self, cluster: &ClusterId, authority: &Authority) -> Changed {
+        match self.peers.get_mut(cluster) {
+            Some(peer) if peer.authority != *authority => peer.authority = authority.clone(),
+            _ => return Changed::new(),
+        }
+        self.refresh(self.concerned(cluster))
+    }
+
+    pub fn handle_freshness(&mut self, cluster: &ClusterId, freshness: Freshness) -> Changed {
+        match self.peers.get_mut(cluster) {
+            Some(peer) if peer.freshness != freshness => peer.freshness = freshness,
+            _ => return Changed::new(),
+        }
+        self.refresh(self.concerned(cluster))
+    }
+
+    /// A new stream from the peer begins.
+    pub fn handle_reconnect(&mut self, cluster: &ClusterId) {
+        if let Some(peer) = self.peers.get_mut(cluster) {
+            peer.import.handle_reconnect();
+        }
+    }
+
+    /// One update of a peer. `None` when there is no such peer (any more).
+    pub fn handle_update(
+        &mut self,
+        cluster: &ClusterId,
+        update: Update,
+    ) -> Option<Result<(Changed, Touched), StreamBroken>> {
+        let peer = self.peers.get_mut(cluster)?;
+        let touched = match peer.import.handle_update(update) {
+            Ok(touched) => touched,
+            Err(broken) => return Some(Err(broken)),
+        };
+        let changed = self.refresh(touched.services.clone());
+        Some(Ok((changed, touched)))
+    }
+
+    /// Every service whose view can depend on this peer.
+    fn concerned(&self, cluster: &ClusterId) -> Changed {
+        let imported = self.peers.get(cluster).into_iter().flat_map(|peer| peer.import.exports().keys());
+        self.local.keys().chain(imported).cloned().collect()
+    }
+
+    fn refresh(&mut self, touched: Changed) -> Changed {
+        let mut changed = Changed::new();
+        for service in touched {
+            let view = self.compute(&service);
+            if self.views.get(&service).map(AsRef::as_ref) == view.as_ref() {
+                continue;
+            }
+            match view {
+                Some(view) => drop(self.views.insert(service.clone(), Arc::new(view))),
+                None => drop(self.views.remove(&service)),
+            }
+            changed.insert(service);
+        }
+        changed
+    }
+
+    /// The view of one service, from nothing but the present state; `None` when nobody has it.
+    fn compute(&self, service: &ServiceName) -> Option<ServiceView> {
+        let local = self.local.get(service);
+        let exported = local.is_some_and(|local| local.exported);
+        let (mut accepted, mut excluded) = (Vec::new(), BTreeSet::new());
+        for (cluster, peer) in self.exporters(service) {
+            if peer.authority.accepts(service) {
+                accepted.push((cluster, peer.freshness, &peer.import.exports()[service]));
+            } else {
+                excluded.insert(cluster.clone());
+            }
+        }
+        if local.is_none() && accepted.is_empty() && excluded.is_empty() {
+            return None;
+        }
+        let mut parties: Vec<(&ClusterId, &Export)> = accepted.iter().map(|(c, _, export)| (*c, &***export)).collect();
+        parties.extend(local.filter(|_| exported).map(|local| (&self.cluster, &*local.export)));
+        let resolved = conflict::resolve(&parties);
+        let as_used = |export: &Export, takes_part: bool| match &resolved {
+            Some(resolved) if takes_part => resolved.apply(export),
+            _ => export.clone(),
+        };
+        let mut shares: Vec<ClusterShare> = accepted
+            .iter()
+            .map(|(cluster, freshness, export)| ClusterShare {
+                cluster: (*cluster).clone(),
+                origin: Origin::Remote,
+                freshness: *freshness,
+                export: as_used(export, true),
+            })
+            .collect();
+        shares.extend(local.map(|local| ClusterShare {
+            cluster: self.cluster.clone(),
+            origin: Origin::Local,
+            freshness: Freshness::Fresh,
+            export: as_used(&local.export, exported),
+        }));
+        shares.sort_by(|a, b| a.cluster.cmp(&b.cluster));
+        let offered = self.peers.iter().filter(|(_, peer)| exported && peer.authority.offers(service));
+        Some(ServiceView {
+            service: service.clone(),
+            shares,
+            deliveries: local.map(|local| local.deliveries.clone()).unwrap_or_default(),
+            conflicts: resolved.map(|resolved| resolved.conflicts).unwrap_or_default(),
+            excluded,
+            exported,
+            offered_to: offered.map(|(cluster, _)| cluster.clone()).collect(),
+        })
+    }
+
+    fn exporters(&self, service: &ServiceName) -> impl Iterator<Item = (&ClusterId, &Peer)> {
+        let importable = service.namespace().as_str() != SYSTEM_NAMESPACE;
+        self.peers.iter().filter(move |(_, peer)| importable && peer.import.exports().contains_key(service))
+    }
 }

@@ -5,16 +5,21 @@
 //! crates) perform what is decided here.
 
 pub mod backoff;
-pub mod door;
+pub mod bundle;
 pub mod catalog;
 pub mod conflict;
 pub mod health;
+pub mod door;
+pub mod freshness;
 pub mod id;
+pub mod import;
 pub mod invitation;
 pub mod liveness;
 pub mod model;
+pub mod publish;
 pub mod refusal;
+pub mod registration;
 pub mod sni;
-pub mod stall;
 pub mod source;
+pub mod stall;
 pub mod trace;
