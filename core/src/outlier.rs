@@ -1,0 +1,454 @@
+//! When an endpoint that claims to be ready is left alone for a while, because requests to it fail.
+//!
+//! One state machine for each endpoint. It ejects, waits with a growing pause, asks for a probe and takes
+//! the endpoint back when the probe succeeds: no request of an application is spent on finding out.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+/// When to eject, and for how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OutlierConfig {
+    /// Resets, lost connections and missed deadlines in a row.
+    pub failures: u32,
+    /// Answers 502, 503 and 504 in a row.
+    pub gateway_errors: u32,
+    /// The first pause; each ejection soon after another doubles it.
+    pub pause: Duration,
+    pub pause_max: Duration,
+    /// A probe without a result for this long has failed.
+    pub probe_timeout: Duration,
+    /// A hang is suspected when nothing completed for this many times the endpoint's own p99 ...
+    pub hang_factor: u32,
+    /// ... but never sooner than this ...
+    pub hang_after_min: Duration,
+    /// ... while at least this many requests are under way.
+    pub hang_outstanding: u32,
+}
+
+impl Default for OutlierConfig {
+    fn default() -> Self {
+        Self {
+            failures: 3,
+            gateway_errors: 5,
+            pause: Duration::from_millis(500),
+            pause_max: Duration::from_secs(30),
+            probe_timeout: Duration::from_secs(2),
+            hang_factor: 4,
+            hang_after_min: Duration::from_millis(300),
+            hang_outstanding: 3,
+        }
+    }
+}
+
+/// How a try ended, as far as it says something about the endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// An answer came, whatever the application said in it.
+    Answered { after: Duration },
+    /// An answer 502, 503 or 504.
+    GatewayError { after: Duration },
+    /// The connection was reset or lost, or the deadline passed.
+    Failed,
+    /// The endpoint, its sidecar or its application did not accept the connection.
+    Refused,
+}
+
+/// Whether another endpoint could take over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Elsewhere {
+    Capacity,
+    /// Ejecting would only turn a chance into none.
+    Nothing,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EjectReason {
+    Failures,
+    GatewayErrors,
+    Refused,
+    Hung,
+}
+
+/// What the shell has to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutlierEvent {
+    Ejected(EjectReason),
+    /// Ask the endpoint, beside the applications' requests, whether it answers; report with
+    /// [`Outlier::handle_probe`].
+    Probe,
+    Restored,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Admitted,
+    /// Admitted, but a hang is suspected and a probe under way.
+    Questioned {
+        since: Instant,
+    },
+    Ejected {
+        until: Instant,
+    },
+    /// Ejected, and a probe under way.
+    Probing {
+        since: Instant,
+    },
+}
+
+/// The failures of one endpoint.
+#[derive(Debug, Clone)]
+pub struct Outlier {
+    config: OutlierConfig,
+    state: State,
+    failures: u32,
+    gateway_errors: u32,
+    /// Ejections in a row, each soon after the one before.
+    ejections: u32,
+    restored: Option<Instant>,
+    latency: Latency,
+    completed: Option<Instant>,
+}
+
+/// An endpoint that stayed in for this long starts again with the first pause.
+const FORGIVE_AFTER: Duration = Duration::from_secs(60);
+
+impl Outlier {
+    pub fn new(config: OutlierConfig) -> Self {
+        Self {
+            config,
+            state: State::Admitted,
+            failures: 0,
+            gateway_errors: 0,
+            ejections: 0,
+            restored: None,
+            latency: Latency::default(),
+            completed: None,
+        }
+    }
+
+    pub fn is_ejected(&self) -> bool {
+        matches!(self.state, State::Ejected { .. } | State::Probing { .. })
+    }
+
+    /// Counts the end of a try.
+    pub fn handle_outcome(&mut self, outcome: Outcome, elsewhere: Elsewhere, now: Instant) -> Option<OutlierEvent> {
+        let reason = match outcome {
+            Outcome::Answered { after } => {
+                (self.failures, self.gateway_errors) = (0, 0);
+                self.complete(after, now);
+                return None;
+            }
+            Outcome::GatewayError { after } => {
+                self.failures = 0;
+                self.gateway_errors = self.gateway_errors.saturating_add(1);
+                self.complete(after, now);
+                (self.gateway_errors >= self.config.gateway_errors).then_some(EjectReason::GatewayErrors)
+            }
+            Outcome::Failed => {
+                self.failures = self.failures.saturating_add(1);
+                (self.failures >= self.config.failures).then_some(EjectReason::Failures)
+            }
+            Outcome::Refused => Some(EjectReason::Refused),
+        };
+        self.eject(reason?, elsewhere, now)
+    }
+
+    /// Looks whether the endpoint hangs: several requests are under way and none completed for long.
+    /// `oldest` is when the oldest of them began. A suspicion only asks for a probe.
+    pub fn handle_outstanding(&mut self, count: u32, oldest: Instant, now: Instant) -> Option<OutlierEvent> {
+        let silent_since = self.completed.map_or(oldest, |completed| completed.max(oldest));
+        let silent = now.saturating_duration_since(silent_since);
+        if self.state != State::Admitted || count < self.config.hang_outstanding || silent < self.hang_after()? {
+            return None;
+        }
+        self.state = State::Questioned { since: now };
+        Some(OutlierEvent::Probe)
+    }
+
+    /// Takes in the result of the probe that was asked for.
+    pub fn handle_probe(&mut self, answered: bool, elsewhere: Elsewhere, now: Instant) -> Option<OutlierEvent> {
+        match (self.state, answered) {
+            (State::Questioned { .. }, true) => {
+                // Slow but alive: its silence begins anew.
+                self.completed = Some(now);
+                self.state = State::Admitted;
+                None
+            }
+            (State::Questioned { .. }, false) => {
+                self.state = State::Admitted;
+                self.eject(EjectReason::Hung, elsewhere, now)
+            }
+            (State::Probing { .. } | State::Ejected { .. }, true) => Some(self.restore(now)),
+            (State::Probing { .. }, false) => {
+                self.ejections = self.ejections.saturating_add(1);
+                self.state = State::Ejected { until: now + self.pause() };
+                None
+            }
+            (State::Ejected { .. } | State::Admitted, _) => None,
+        }
+    }
+
+    /// The endpoint's own side has declared it ready anew: what was held against it is out of date.
+    pub fn handle_ready_again(&mut self, now: Instant) -> Option<OutlierEvent> {
+        (self.failures, self.gateway_errors) = (0, 0);
+        self.is_ejected().then(|| self.restore(now))
+    }
+
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        match self.state {
+            State::Admitted => None,
+            State::Ejected { until } => Some(until),
+            State::Questioned { since } | State::Probing { since } => Some(since + self.config.probe_timeout),
+        }
+    }
+
+    pub fn handle_timeout(&mut self, elsewhere: Elsewhere, now: Instant) -> Option<OutlierEvent> {
+        if self.poll_timeout().is_none_or(|due| now < due) {
+            return None;
+        }
+        match self.state {
+            State::Admitted => None,
+            State::Ejected { .. } => {
+                self.state = State::Probing { since: now };
+                Some(OutlierEvent::Probe)
+            }
+            State::Questioned { .. } | State::Probing { .. } => self.handle_probe(false, elsewhere, now),
+        }
+    }
+
+    fn eject(&mut self, reason: EjectReason, elsewhere: Elsewhere, now: Instant) -> Option<OutlierEvent> {
+        if self.is_ejected() || elsewhere == Elsewhere::Nothing {
+            return None;
+        }
+        let forgiven = self.restored.is_none_or(|restored| now.saturating_duration_since(restored) > FORGIVE_AFTER);
+        self.ejections = if forgiven { 1 } else { self.ejections.saturating_add(1) };
+        (self.failures, self.gateway_errors) = (0, 0);
+        self.state = State::Ejected { until: now + self.pause() };
+        Some(OutlierEvent::Ejected(reason))
+    }
+
+    fn restore(&mut self, now: Instant) -> OutlierEvent {
+        (self.state, self.restored, self.completed) = (State::Admitted, Some(now), Some(now));
+        OutlierEvent::Restored
+    }
+
+    fn pause(&self) -> Duration {
+        let doublings = self.ejections.saturating_sub(1).min(16);
+        self.config.pause.saturating_mul(1 << doublings).min(self.config.pause_max)
+    }
+
+    fn complete(&mut self, after: Duration, now: Instant) {
+        self.completed = Some(now);
+        self.latency.record(after);
+    }
+
+    fn hang_after(&self) -> Option<Duration> {
+        let p99 = self.latency.p99()?;
+        Some(p99.saturating_mul(self.config.hang_factor).max(self.config.hang_after_min))
+    }
+}
+
+/// Response times in buckets of powers of two (microseconds); older ones fade by halving.
+#[derive(Debug, Clone, Default)]
+struct Latency {
+    buckets: [u16; 32],
+    count: u32,
+}
+
+impl Latency {
+    /// Too few to speak of a p99.
+    const COUNT_MIN: u32 = 20;
+    const COUNT_MAX: u32 = 2_000;
+
+    fn record(&mut self, after: Duration) {
+        let micros = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
+        let bucket = (64 - micros.leading_zeros() as usize).min(self.buckets.len() - 1);
+        self.buckets[bucket] += 1;
+        self.count += 1;
+        if self.count > Self::COUNT_MAX {
+            self.buckets.iter_mut().for_each(|bucket| *bucket /= 2);
+            self.count = self.buckets.iter().map(|bucket| u32::from(*bucket)).sum();
+        }
+    }
+
+    /// The upper bound of the bucket that holds the 99th percentile.
+    fn p99(&self) -> Option<Duration> {
+        if self.count < Self::COUNT_MIN {
+            return None;
+        }
+        let mut above = self.count / 100;
+        for (bucket, count) in self.buckets.iter().enumerate().rev() {
+            if u32::from(*count) > above {
+                return Some(Duration::from_micros(1 << bucket));
+            }
+            above -= u32::from(*count);
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    const FAST: Outcome = Outcome::Answered { after: Duration::from_millis(1) };
+    const BAD_GATEWAY: Outcome = Outcome::GatewayError { after: Duration::from_millis(1) };
+
+    struct Bench {
+        outlier: Outlier,
+        start: Instant,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            Self { outlier: Outlier::new(OutlierConfig::default()), start: Instant::now() }
+        }
+
+        fn at(&self, ms: u64) -> Instant {
+            self.start + Duration::from_millis(ms)
+        }
+
+        fn outcome(&mut self, outcome: Outcome, ms: u64) -> Option<OutlierEvent> {
+            self.outlier.handle_outcome(outcome, Elsewhere::Capacity, self.at(ms))
+        }
+
+        fn tick(&mut self, ms: u64) -> Option<OutlierEvent> {
+            self.outlier.handle_timeout(Elsewhere::Capacity, self.at(ms))
+        }
+
+        fn probe(&mut self, answered: bool, ms: u64) -> Option<OutlierEvent> {
+            self.outlier.handle_probe(answered, Elsewhere::Capacity, self.at(ms))
+        }
+    }
+
+    #[track_caller]
+    fn check(outcomes: &[Outcome], elsewhere: Elsewhere, want: Option<EjectReason>) {
+        let mut outlier = Outlier::new(OutlierConfig::default());
+        let now = Instant::now();
+        let events: Vec<_> = outcomes.iter().filter_map(|o| outlier.handle_outcome(*o, elsewhere, now)).collect();
+        assert_eq!(events, want.map(OutlierEvent::Ejected).into_iter().collect::<Vec<_>>());
+        assert_eq!(outlier.is_ejected(), want.is_some());
+    }
+
+    #[test]
+    fn rows_of_failures_eject() {
+        use Elsewhere::*;
+        use Outcome::*;
+        check(&[Refused], Capacity, Some(EjectReason::Refused));
+        check(&[Refused, Refused], Nothing, None);
+        check(&[Failed, Failed], Capacity, None);
+        check(&[Failed, Failed, Failed], Capacity, Some(EjectReason::Failures));
+        check(&[Failed, Failed, FAST, Failed], Capacity, None);
+        check(&[BAD_GATEWAY; 4], Capacity, None);
+        check(&[BAD_GATEWAY; 5], Capacity, Some(EjectReason::GatewayErrors));
+        check(&[BAD_GATEWAY, BAD_GATEWAY, FAST, BAD_GATEWAY, BAD_GATEWAY, BAD_GATEWAY], Capacity, None);
+        check(&[Failed; 9], Nothing, None);
+    }
+
+    #[test]
+    fn an_ejected_endpoint_returns_by_a_probe() {
+        let mut bench = Bench::new();
+        assert_eq!(bench.outcome(Outcome::Refused, 0), Some(OutlierEvent::Ejected(EjectReason::Refused)));
+        assert_eq!(bench.tick(499), None);
+        assert_eq!(bench.tick(500), Some(OutlierEvent::Probe));
+        assert_eq!(bench.tick(501), None);
+        assert_eq!(bench.probe(false, 510), None);
+        assert_eq!(bench.tick(1509), None);
+        assert_eq!(bench.tick(1510), Some(OutlierEvent::Probe));
+        assert_eq!(bench.probe(true, 1520), Some(OutlierEvent::Restored));
+        assert!(!bench.outlier.is_ejected());
+    }
+
+    #[test]
+    fn a_probe_without_a_result_has_failed() {
+        let mut bench = Bench::new();
+        bench.outcome(Outcome::Refused, 0);
+        assert_eq!(bench.tick(500), Some(OutlierEvent::Probe));
+        assert_eq!(bench.tick(2500), None);
+        assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(3500)));
+    }
+
+    #[test]
+    fn pauses_grow_and_are_forgiven() {
+        let mut bench = Bench::new();
+        let mut ms = 0;
+        for pause in [500, 1_000, 2_000] {
+            bench.outcome(Outcome::Refused, ms);
+            assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + pause)));
+            ms += pause;
+            bench.tick(ms);
+            bench.probe(true, ms);
+        }
+        ms += 60_001;
+        bench.outcome(Outcome::Refused, ms);
+        assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + 500)));
+    }
+
+    #[test]
+    fn a_hang_is_suspected_then_probed() {
+        let mut bench = Bench::new();
+        for _ in 0..100 {
+            bench.outcome(Outcome::Answered { after: Duration::from_millis(100) }, 0);
+        }
+        // 100 ms lie in the bucket up to 131 ms; four times that.
+        let oldest = bench.at(1);
+        assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(500)), None);
+        assert_eq!(bench.outlier.handle_outstanding(2, oldest, bench.at(600)), None);
+        assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(600)), Some(OutlierEvent::Probe));
+        assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(610)), None);
+        assert_eq!(bench.probe(true, 620), None);
+        assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(700)), None);
+        assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(1200)), Some(OutlierEvent::Probe));
+        assert_eq!(bench.probe(false, 1300), Some(OutlierEvent::Ejected(EjectReason::Hung)));
+    }
+
+    #[test]
+    fn without_history_nothing_hangs() {
+        let mut bench = Bench::new();
+        let oldest = bench.at(0);
+        assert_eq!(bench.outlier.handle_outstanding(100, oldest, bench.at(60_000)), None);
+    }
+
+    #[test]
+    fn readiness_declared_anew_ends_an_ejection() {
+        let mut bench = Bench::new();
+        bench.outcome(Outcome::Refused, 0);
+        assert_eq!(bench.outlier.handle_ready_again(bench.at(10)), Some(OutlierEvent::Restored));
+        assert_eq!(bench.outlier.handle_ready_again(bench.at(11)), None);
+    }
+
+    proptest! {
+        #[test]
+        fn the_p99_lies_above_almost_all(samples in prop::collection::vec(0_u64..5_000_000, 20..3000)) {
+            let mut latency = Latency::default();
+            samples.iter().for_each(|micros| latency.record(Duration::from_micros(*micros)));
+            let p99 = latency.p99().unwrap();
+            let top = samples.iter().copied().max().unwrap();
+            prop_assert!(p99 <= Duration::from_micros(2 * top.max(1)));
+        }
+
+        #[test]
+        fn an_ejected_endpoint_always_has_a_timeout(steps in prop::collection::vec((0_u8..6, any::<bool>()), 0..60)) {
+            let mut outlier = Outlier::new(OutlierConfig::default());
+            let mut now = Instant::now();
+            for (step, flag) in steps {
+                now += Duration::from_millis(300);
+                let elsewhere = if flag { Elsewhere::Capacity } else { Elsewhere::Nothing };
+                let _ = match step {
+                    0 => outlier.handle_outcome(Outcome::Refused, elsewhere, now),
+                    1 => outlier.handle_outcome(Outcome::Failed, elsewhere, now),
+                    2 => outlier.handle_outcome(FAST, elsewhere, now),
+                    3 => outlier.handle_probe(flag, elsewhere, now),
+                    4 => outlier.handle_outstanding(5, now, now),
+                    _ => outlier.handle_timeout(elsewhere, now),
+                };
+                prop_assert!(!outlier.is_ejected() || outlier.poll_timeout().is_some());
+            }
+        }
+    }
+}
