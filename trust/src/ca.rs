@@ -1,0 +1,414 @@
+//! The certificate authority of one cluster: it makes its own roots, keeps them in the state directory and
+//! issues X.509-SVIDs. What a CSR asks for beyond its public key is never looked at.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use data_encoding::{BASE64, HEXLOWER};
+use jiff::{SignedDuration, Timestamp};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKey, PublicKeyData, SanType, SerialNumber,
+};
+use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
+use serde::{Deserialize, Serialize};
+use tombolo_core::id::{SpiffeId, TrustDomain};
+use x509_parser::certification_request::X509CertificationRequest;
+use x509_parser::prelude::FromDer;
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::atomic;
+use crate::bundle::{Bundle, InvalidBundle, ROOTS_MAX, root_sha256};
+use crate::certificate::read_root;
+use crate::key::{IdentityKey, KeyError};
+use crate::peering::sha256;
+use crate::svid::{InvalidSvid, Svid, timestamp};
+
+/// Largest CSR that is looked into, in octets.
+pub const CSR_LEN_MAX: usize = 16 * 1024;
+/// How long a root is valid.
+const ROOT_LIFE: SignedDuration = SignedDuration::from_hours(10 * 365 * 24);
+/// A certificate is valid from a tenth of its life before its issue, so that a slow clock elsewhere accepts it,
+/// but from at most this long before.
+const BACKDATE_MAX: Duration = Duration::from_secs(60);
+
+const STATE_FILE: &str = "ca.json";
+/// The bundle for others, beside the state file.
+pub const BUNDLE_FILE: &str = "ca.pem";
+
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    #[error("can't use the CA's state in {path}: {source}", path = path.display())]
+    State { path: PathBuf, source: io::Error },
+    #[error("the CA's state in {path} is damaged: {reason}; restore it from a backup", path = path.display())]
+    Damaged { path: PathBuf, reason: String },
+    #[error("the CA's state in {path} belongs to trust domain {found}, not {wanted}", path = path.display())]
+    OtherDomain { path: PathBuf, found: TrustDomain, wanted: TrustDomain },
+    #[error("the identity {0} is not of this CA's trust domain")]
+    ForeignIdentity(SpiffeId),
+    #[error("there are {ROOTS_MAX} roots already; retire one first")]
+    TooManyRoots,
+    #[error("no root with that SHA-256 is published")]
+    UnknownRoot,
+    #[error("the root has expired")]
+    RootExpired,
+    #[error(transparent)]
+    Csr(#[from] InvalidCsr),
+    #[error("a certificate can't be made: {0}")]
+    Generate(#[from] rcgen::Error),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Svid(#[from] InvalidSvid),
+}
+
+/// Why a certificate signing request is not accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidCsr {
+    #[error("the CSR is larger than {CSR_LEN_MAX} octets")]
+    TooLong,
+    #[error("the CSR is malformed, or is not signed by its own key")]
+    Malformed,
+    #[error("the CSR's key is not ECDSA P-256, ECDSA P-384 or Ed25519")]
+    Key,
+}
+
+/// A CSR whose signature is verified: somebody holds the key, nothing else is believed of it.
+#[derive(Debug, Clone)]
+pub struct CheckedCsr {
+    public_key: PublicKey,
+    spki_der: Vec<u8>,
+}
+
+impl CheckedCsr {
+    pub fn new(csr_der: &[u8]) -> Result<Self, InvalidCsr> {
+        if csr_der.len() > CSR_LEN_MAX {
+            return Err(InvalidCsr::TooLong);
+        }
+        let (rest, parsed) = X509CertificationRequest::from_der(csr_der).map_err(|_| InvalidCsr::Malformed)?;
+        if !rest.is_empty() {
+            return Err(InvalidCsr::Malformed);
+        }
+        let spki_der = parsed.certification_request_info.subject_pki.raw.to_vec();
+        let csr = CertificateSigningRequestDer::from(csr_der);
+        let public_key = CertificateSigningRequestParams::from_der(&csr).map_err(|_| InvalidCsr::Malformed)?.public_key;
+        let allowed = [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519];
+        if !allowed.contains(&PublicKeyData::algorithm(&public_key)) {
+            return Err(InvalidCsr::Key);
+        }
+        // The kind of key was concluded from the CSR's signature; it must be the kind that the CSR says.
+        if public_key.subject_public_key_info() != spki_der {
+            return Err(InvalidCsr::Key);
+        }
+        Ok(Self { public_key, spki_der })
+    }
+
+    /// DER of the SubjectPublicKeyInfo.
+    pub fn public_key_der(&self) -> &[u8] {
+        &self.spki_der
+    }
+
+    /// SHA-256 of [`CheckedCsr::public_key_der`]: what uses of a join entry are counted by.
+    pub fn public_key_sha256(&self) -> [u8; 32] {
+        sha256(&self.spki_der)
+    }
+}
+
+/// The CA of one trust domain. Clones share it.
+#[derive(Clone)]
+pub struct CertificateAuthority {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    folder: PathBuf,
+    state: ArcSwap<State>,
+    /// Held while a new state is made durable; issuing never takes it.
+    writing: Mutex<()>,
+}
+
+#[derive(Clone)]
+struct State {
+    bundle: Bundle,
+    roots: Vec<Arc<RootKey>>,
+    /// SHA-256 of the root that issues.
+    active: [u8; 32],
+}
+
+struct RootKey {
+    certificate: CertificateDer<'static>,
+    sha256: [u8; 32],
+    not_after: Timestamp,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct StoredState {
+    trust_domain: TrustDomain,
+    sequence: u64,
+    /// Lower-case hexadecimal SHA-256.
+    active: String,
+    roots: Vec<StoredRoot>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct StoredRoot {
+    /// Base64 of the DER.
+    certificate: String,
+    /// Base64 of the PKCS#8.
+    key: String,
+}
+
+impl Drop for StoredRoot {
+    fn drop(&mut self) {
+        self.key.zeroize();
+    }
+}
+
+impl CertificateAuthority {
+    /// Loads the CA from `state_dir`, or makes it with its first root. `ca.pem` beside it is written anew.
+    pub fn create_or_load(state_dir: &Path, trust_domain: &TrustDomain) -> Result<Self, CaError> {
+        let file_error = |source| CaError::State { path: state_dir.to_owned(), source };
+        atomic::create_private_dir(state_dir).map_err(file_error)?;
+        let path = state_dir.join(STATE_FILE);
+        let state = match std::fs::read(&path) {
+            Ok(bytes) => load(&path, Zeroizing::new(bytes), trust_domain)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let state = first_state(trust_domain, Timestamp::now())?;
+                save(state_dir, &state)?;
+                state
+            }
+            Err(source) => return Err(CaError::State { path, source }),
+        };
+        state.bundle.save(&state_dir.join(BUNDLE_FILE)).map_err(file_error)?;
+        let shared =
+            Shared { folder: state_dir.to_owned(), state: ArcSwap::from_pointee(state), writing: Mutex::new(()) };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// All published roots, with the sequence.
+    pub fn bundle(&self) -> Bundle {
+        self.shared.state.load().bundle.clone()
+    }
+
+    /// SHA-256 of the root that issues: what an invitation pins.
+    pub fn active_root_sha256(&self) -> [u8; 32] {
+        self.shared.state.load().active
+    }
+
+    /// The chain for a CSR, leaf first, without the root.
+    pub fn issue(
+        &self,
+        csr_der: &[u8],
+        id: &SpiffeId,
+        life: Duration,
+        now: Timestamp,
+    ) -> Result<Vec<CertificateDer<'static>>, CaError> {
+        self.issue_checked(&CheckedCsr::new(csr_der)?, id, life, now)
+    }
+
+    /// As [`CertificateAuthority::issue`], for a CSR that was checked already.
+    pub fn issue_checked(
+        &self,
+        csr: &CheckedCsr,
+        id: &SpiffeId,
+        life: Duration,
+        now: Timestamp,
+    ) -> Result<Vec<CertificateDer<'static>>, CaError> {
+        let state = self.shared.state.load();
+        if id.trust_domain() != state.bundle.trust_domain() {
+            return Err(CaError::ForeignIdentity(id.clone()));
+        }
+        let root = state.roots.iter().find(|root| root.sha256 == state.active).ok_or(CaError::UnknownRoot)?;
+        if root.not_after <= now {
+            return Err(CaError::RootExpired);
+        }
+        let not_before = now.saturating_sub(backdate(life)).unwrap_or(Timestamp::MIN);
+        let not_after = now.saturating_add(life).unwrap_or(Timestamp::MAX).min(root.not_after);
+        let mut params = params(not_before, not_after);
+        params.subject_alt_names = vec![uri(&id.to_string())?];
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.use_authority_key_identifier_extension = true;
+        let certificate = params.signed_by(&csr.public_key, &root.issuer)?;
+        Ok(vec![certificate.der().clone()])
+    }
+
+    /// An SVID for this process itself, or for a test.
+    pub fn issue_svid(
+        &self,
+        key: &IdentityKey,
+        id: &SpiffeId,
+        life: Duration,
+        now: Timestamp,
+    ) -> Result<Svid, CaError> {
+        let chain = self.issue(&key.csr_der()?, id, life, now)?;
+        Ok(Svid::new(chain, key.private_key_der())?)
+    }
+
+    /// Publishes one more root, with a higher sequence; the active one goes on issuing until
+    /// [`CertificateAuthority::activate`]. Durable before it returns. Yields the new root's SHA-256.
+    pub fn add_root(&self) -> Result<[u8; 32], CaError> {
+        self.change(|state| {
+            if state.roots.len() >= ROOTS_MAX {
+                return Err(CaError::TooManyRoots);
+            }
+            let root = new_root(state.bundle.trust_domain(), Timestamp::now())?;
+            let sha256 = root.sha256;
+            state.roots.push(Arc::new(root));
+            Ok(sha256)
+        })
+    }
+
+    /// Issues from the published root with this SHA-256 from now on. The bundle stays the same.
+    pub fn activate(&self, sha256: [u8; 32]) -> Result<(), CaError> {
+        self.change(|state| {
+            if !state.roots.iter().any(|root| root.sha256 == sha256) {
+                return Err(CaError::UnknownRoot);
+            }
+            state.active = sha256;
+            Ok(())
+        })
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> Result<T, CaError>) -> Result<T, CaError> {
+        let _writing = self.shared.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = self.shared.state.load_full();
+        let mut next = State::clone(&current);
+        let result = change(&mut next)?;
+        if next.roots.len() != current.roots.len() {
+            next.bundle = bundle(current.bundle.trust_domain(), current.bundle.sequence() + 1, &next.roots)?;
+        }
+        save(&self.shared.folder, &next)?;
+        let path = self.shared.folder.join(BUNDLE_FILE);
+        next.bundle.save(&path).map_err(|source| CaError::State { path, source })?;
+        self.shared.state.store(Arc::new(next));
+        Ok(result)
+    }
+}
+
+impl std::fmt::Debug for CertificateAuthority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = self.shared.state.load();
+        f.debug_struct("CertificateAuthority")
+            .field("trust_domain", state.bundle.trust_domain())
+            .field("sequence", &state.bundle.sequence())
+            .finish_non_exhaustive()
+    }
+}
+
+fn backdate(life: Duration) -> Duration {
+    (life / 10).min(BACKDATE_MAX)
+}
+
+fn first_state(trust_domain: &TrustDomain, now: Timestamp) -> Result<State, CaError> {
+    let root = new_root(trust_domain, now)?;
+    let active = root.sha256;
+    let roots = vec![Arc::new(root)];
+    Ok(State { bundle: bundle(trust_domain, 1, &roots)?, roots, active })
+}
+
+fn bundle(trust_domain: &TrustDomain, sequence: u64, roots: &[Arc<RootKey>]) -> Result<Bundle, CaError> {
+    let roots = roots.iter().map(|root| root.certificate.clone()).collect();
+    let invalid = |error: InvalidBundle| CaError::Damaged { path: STATE_FILE.into(), reason: error.to_string() };
+    Bundle::new(trust_domain.clone(), sequence, roots).map_err(invalid)
+}
+
+fn new_root(trust_domain: &TrustDomain, now: Timestamp) -> Result<RootKey, CaError> {
+    let key = KeyPair::generate()?;
+    let mut params = params(now.saturating_sub(BACKDATE_MAX).unwrap_or(now), now + ROOT_LIFE);
+    params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    // Two roots of one domain are told apart by their names, so that a path is found at once.
+    let mut name = [0_u8; 8];
+    fill(&mut name);
+    params.distinguished_name.push(DnType::CommonName, format!("root {}", HEXLOWER.encode(&name)));
+    let certificate = params.self_signed(&key)?.der().clone();
+    root_key(certificate, key)
+}
+
+fn root_key(certificate: CertificateDer<'static>, key: KeyPair) -> Result<RootKey, CaError> {
+    let damaged = |reason: String| CaError::Damaged { path: STATE_FILE.into(), reason };
+    let read = read_root(&certificate).map_err(|refused| damaged(refused.to_string()))?;
+    // rcgen takes any key for an issuer, also one that is not the certificate's.
+    let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).map_err(|error| damaged(error.to_string()))?;
+    if parsed.public_key().raw != key.subject_public_key_info() {
+        return Err(damaged("the key of a root is not that of its certificate".into()));
+    }
+    let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
+    let sha256 = root_sha256(&certificate);
+    Ok(RootKey { not_after: timestamp(read.not_after), certificate, sha256, issuer })
+}
+
+/// Parameters with a random serial number; that of rcgen would repeat when a key is certified again.
+fn params(not_before: Timestamp, not_after: Timestamp) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    let since_epoch = |time: Timestamp| Duration::from_secs(time.as_second().max(0).unsigned_abs());
+    params.not_before = rcgen::date_time_ymd(1970, 1, 1) + since_epoch(not_before);
+    params.not_after = rcgen::date_time_ymd(1970, 1, 1) + since_epoch(not_after);
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, "tombolo");
+    let mut serial = [0_u8; 16];
+    fill(&mut serial);
+    // Positive and not zero (RFC 5280 section 4.1.2.2).
+    serial[0] = serial[0] & 0x7f | 0x40;
+    params.serial_number = Some(SerialNumber::from_slice(&serial));
+    params
+}
+
+fn fill(bytes: &mut [u8]) {
+    aws_lc_rs::rand::fill(bytes).expect("the system's random source works");
+}
+
+fn uri(text: &str) -> Result<SanType, CaError> {
+    Ok(SanType::URI(text.try_into()?))
+}
+
+fn save(folder: &Path, state: &State) -> Result<(), CaError> {
+    let stored = StoredState {
+        trust_domain: state.bundle.trust_domain().clone(),
+        sequence: state.bundle.sequence(),
+        active: HEXLOWER.encode(&state.active),
+        roots: state
+            .roots
+            .iter()
+            .map(|root| StoredRoot {
+                certificate: BASE64.encode(&root.certificate),
+                key: BASE64.encode(root.issuer.key().serialized_der()),
+            })
+            .collect(),
+    };
+    let bytes = Zeroizing::new(serde_json::to_vec_pretty(&stored).expect("strings and numbers become JSON"));
+    let path = folder.join(STATE_FILE);
+    atomic::write_private(&path, &bytes).map_err(|source| CaError::State { path, source })
+}
+
+fn load(path: &Path, bytes: Zeroizing<Vec<u8>>, trust_domain: &TrustDomain) -> Result<State, CaError> {
+    let damaged = |reason: String| CaError::Damaged { path: path.to_owned(), reason };
+    let stored: StoredState = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    if stored.trust_domain != *trust_domain {
+        let (found, wanted) = (stored.trust_domain, trust_domain.clone());
+        return Err(CaError::OtherDomain { path: path.to_owned(), found, wanted });
+    }
+    let mut roots = Vec::with_capacity(stored.roots.len());
+    for root in &stored.roots {
+        let certificate = BASE64.decode(root.certificate.as_bytes()).map_err(|error| damaged(error.to_string()))?;
+        let key = BASE64.decode(root.key.as_bytes()).map_err(|error| damaged(error.to_string()))?;
+        let key = Zeroizing::new(key);
+        let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(key.as_slice()))?;
+        roots.push(Arc::new(root_key(certificate.into(), key)?));
+    }
+    let active = HEXLOWER.decode(stored.active.as_bytes()).ok().and_then(|bytes| bytes.try_into().ok());
+    let active = active.ok_or_else(|| damaged("the active root is not named".into()))?;
+    if !roots.iter().any(|root| root.sha256 == active) {
+        return Err(damaged("the active root is missing".into()));
+    }
+    Ok(State { bundle: bundle(trust_domain, stored.sequence, &roots)?, roots, active })
+}

@@ -1,0 +1,229 @@
+//! gRPC over our TLS, in both directions. tonic itself terminates nothing: identities are verified here.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ServerConfig};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+use tokio_stream::Stream;
+use tombolo_core::id::SpiffeId;
+use tombolo_core::refusal::Refusal;
+use tonic::transport::server::Connected;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+use crate::tls::{identity_of, refusal_of};
+
+/// ALPN of gRPC.
+pub const ALPN_H2: &[u8] = b"h2";
+
+/// How long a TCP connection and its handshake may take.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Handshakes under way at once at one listener; above it, accepting waits.
+const HANDSHAKES_MAX: usize = 64;
+/// Connections that wait for tonic to take them.
+const ACCEPTED_MAX: usize = 16;
+/// After this long without a word, the other side is asked whether it lives.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pause after `accept` failed, which it does when the process has no file descriptor left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not host:port")]
+pub struct InvalidAddress(pub String);
+
+/// A channel to `address` (host:port), which connects when it is first used and again whenever the connection
+/// is lost. The configuration should offer [`ALPN_H2`].
+pub fn connect(address: &str, config: Arc<ClientConfig>) -> Result<Channel, InvalidAddress> {
+    let invalid = || InvalidAddress(address.chars().take(300).collect());
+    // The scheme keeps tonic from bringing TLS of its own.
+    let uri: Uri = format!("http://{address}").parse().map_err(|_| invalid())?;
+    let host = uri.host().ok_or_else(invalid)?.trim_matches(['[', ']']).to_owned();
+    let port = uri.port_u16().ok_or_else(invalid)?;
+    let name = ServerName::try_from(host.clone()).map_err(|_| invalid())?;
+    let connector = TlsConnector::from(config);
+    let dial = tower::service_fn(move |_: Uri| {
+        let (host, name, connector) = (host.clone(), name.clone(), connector.clone());
+        async move { dial((host, port), name, connector).await.map(TokioIo::new) }
+    });
+    let endpoint = Endpoint::from(uri)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    Ok(endpoint.connect_with_connector_lazy(dial))
+}
+
+async fn dial(
+    address: (String, u16),
+    name: ServerName<'static>,
+    connector: TlsConnector,
+) -> io::Result<client::TlsStream<TcpStream>> {
+    let connected = async {
+        let stream = TcpStream::connect((address.0.as_str(), address.1)).await?;
+        stream.set_nodelay(true)?;
+        connector.connect(name, stream).await
+    };
+    match timeout(HANDSHAKE_TIMEOUT, connected).await {
+        Ok(result) => result,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the connection was not established in time")),
+    }
+}
+
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone)]
+pub struct PeerId {
+    pub id: SpiffeId,
+    /// As the peer sent it, leaf first.
+    pub chain: Arc<[CertificateDer<'static>]>,
+}
+
+/// What tonic puts into the extensions of each request.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    /// `None` when the client sent no certificate, which only `ClientAuth::Optional` lets through.
+    pub id: Option<PeerId>,
+    pub address: SocketAddr,
+}
+
+/// The identity that the handshake of this request's connection verified.
+pub fn peer_id<T>(request: &tonic::Request<T>) -> Option<PeerId> {
+    request.extensions().get::<Peer>()?.id.clone()
+}
+
+/// Called with each connection that was refused, so that the role can count it.
+pub type OnRefused = Arc<dyn Fn(Refusal, SocketAddr) + Send + Sync>;
+
+/// Connections whose handshake is done, for `serve_with_incoming`. It ends only when it is dropped; a failed
+/// handshake is reported to `on_refused` and never ends it.
+#[derive(Debug)]
+pub struct Incoming {
+    accepted: mpsc::Receiver<Connection>,
+}
+
+impl Incoming {
+    /// Accepts on `listener`. Needs a runtime, on which the handshakes run.
+    pub fn new(listener: TcpListener, config: Arc<ServerConfig>, on_refused: OnRefused) -> Self {
+        let (ready, accepted) = mpsc::channel(ACCEPTED_MAX);
+        tokio::spawn(accept_all(listener, TlsAcceptor::from(config), ready, on_refused));
+        Self { accepted }
+    }
+}
+
+impl Stream for Incoming {
+    type Item = io::Result<Connection>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.accepted.poll_recv(cx).map(|connection| connection.map(Ok))
+    }
+}
+
+async fn accept_all(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    ready: mpsc::Sender<Connection>,
+    on_refused: OnRefused,
+) {
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    loop {
+        let permit = handshakes.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let (stream, address) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "can't accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            },
+            () = ready.closed() => return,
+        };
+        let (acceptor, ready, on_refused) = (acceptor.clone(), ready.clone(), on_refused.clone());
+        tokio::spawn(async move {
+            let result = timeout(HANDSHAKE_TIMEOUT, handshake(stream, address, acceptor)).await;
+            drop(permit);
+            match result.unwrap_or(Err(Some(Refusal::HandshakeTimeout))) {
+                Ok(connection) => {
+                    // Fails only when the server has stopped.
+                    let _ = ready.send(connection).await;
+                }
+                Err(Some(refusal)) => on_refused(refusal, address),
+                Err(None) => {}
+            }
+        });
+    }
+}
+
+/// An error without a refusal is a connection that its client gave up.
+async fn handshake(
+    stream: TcpStream,
+    address: SocketAddr,
+    acceptor: TlsAcceptor,
+) -> Result<Connection, Option<Refusal>> {
+    stream.set_nodelay(true).map_err(|_| None)?;
+    let stream = acceptor.accept(stream).await.map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidData => Some(refusal_of(&error).unwrap_or(Refusal::BadClientHello)),
+        _ => None,
+    })?;
+    let id = match stream.get_ref().1.peer_certificates() {
+        Some(chain) => Some(PeerId { id: identity_of(chain).map_err(Some)?, chain: chain.to_vec().into() }),
+        None => None,
+    };
+    Ok(Connection { stream, peer: Peer { id, address } })
+}
+
+/// One accepted connection.
+#[derive(Debug)]
+pub struct Connection {
+    stream: server::TlsStream<TcpStream>,
+    peer: Peer,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
