@@ -13,6 +13,7 @@ pub mod client_hello;
 pub mod dial;
 pub mod discovery;
 mod frame_io;
+pub mod http;
 pub mod opaque;
 pub mod proxy_header;
 pub mod status;

@@ -1,0 +1,327 @@
+//! The task that owns a client's HTTP/2 connection, and what it knows of its liveness.
+//!
+//! While a request waits and nothing has arrived for [`PING_AFTER`], a PING goes out. Unanswered for
+//! [`SUSPECT_AFTER`] or three round trips, whichever is longer, the leg is suspect: requests that may be
+//! tried elsewhere should be. Anything that arrives makes it live again; silent for [`DEAD_AFTER`] it is closed.
+//! A leg without requests has no timer and sends nothing.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::task::AtomicWaker;
+use h2::{Ping, PingPong};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::watch;
+use tokio::time::{Instant, Sleep};
+
+/// Silence after which a leg with a waiting request is probed.
+pub const PING_AFTER: Duration = Duration::from_millis(150);
+/// Least time that a probe may go unanswered before the leg is suspect.
+pub const SUSPECT_AFTER: Duration = Duration::from_millis(400);
+/// Silence after which a suspect leg is closed.
+pub const DEAD_AFTER: Duration = Duration::from_secs(60);
+/// A timer that fires this much late says that this process was held up, not the far end.
+const LATE: Duration = Duration::from_millis(200);
+
+/// Whether the far end of a leg answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LegHealth {
+    Live,
+    /// A probe has gone unanswered for too long while a request waits.
+    Suspect,
+    /// The connection has ended.
+    Gone,
+}
+
+/// What the handles and the driver of one leg share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    base: Instant,
+    /// Milliseconds since `base` of the last octets that arrived, and of the moment when requests began to wait.
+    heard_ms: AtomicU64,
+    active_ms: AtomicU64,
+    pub(super) in_flight: AtomicUsize,
+    pub(super) bulk: AtomicUsize,
+    pub(super) retired: AtomicBool,
+    aborted: AtomicBool,
+    /// The driver has no timer and must be woken when a request begins to wait.
+    parked: AtomicBool,
+    waker: AtomicWaker,
+    health: watch::Sender<LegHealth>,
+    /// The first PING was answered: the peer's settings are known.
+    settled: watch::Sender<bool>,
+    rtt_us: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn new(rtt: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            base: Instant::now(),
+            heard_ms: AtomicU64::new(0),
+            active_ms: AtomicU64::new(0),
+            in_flight: AtomicUsize::new(0),
+            bulk: AtomicUsize::new(0),
+            retired: AtomicBool::new(false),
+            aborted: AtomicBool::new(false),
+            parked: AtomicBool::new(false),
+            waker: AtomicWaker::new(),
+            health: watch::Sender::new(LegHealth::Live),
+            settled: watch::Sender::new(false),
+            rtt_us: AtomicU64::new(micros(rtt)),
+        })
+    }
+
+    pub(super) fn health(&self) -> watch::Receiver<LegHealth> {
+        self.health.subscribe()
+    }
+
+    pub(super) fn health_now(&self) -> LegHealth {
+        *self.health.borrow()
+    }
+
+    pub(super) fn settled(&self) -> watch::Receiver<bool> {
+        self.settled.subscribe()
+    }
+
+    pub(super) fn rtt(&self) -> Duration {
+        Duration::from_micros(self.rtt_us.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn request_begins(&self) {
+        if self.in_flight.fetch_add(1, Ordering::AcqRel) == 0 {
+            self.active_ms.store(self.now_ms(), Ordering::Relaxed);
+        }
+        if self.parked.swap(false, Ordering::AcqRel) {
+            self.waker.wake();
+        }
+    }
+
+    pub(super) fn request_ends(&self) {
+        if self.in_flight.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.active_ms.store(self.now_ms(), Ordering::Relaxed);
+        }
+    }
+
+    /// How long no request has been under way; `None` while one is.
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        (self.in_flight.load(Ordering::Acquire) == 0)
+            .then(|| Duration::from_millis(self.now_ms().saturating_sub(self.active_ms.load(Ordering::Relaxed))))
+    }
+
+    pub(super) fn abort(&self) {
+        self.aborted.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.base.elapsed().as_millis().try_into().unwrap_or(u64::MAX)
+    }
+
+    fn heard(&self) {
+        self.heard_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    fn heard_at(&self) -> Instant {
+        self.base + Duration::from_millis(self.heard_ms.load(Ordering::Relaxed))
+    }
+
+    /// Since when something could have arrived and has not.
+    fn quiet_since(&self) -> Instant {
+        self.heard_at().max(self.base + Duration::from_millis(self.active_ms.load(Ordering::Relaxed)))
+    }
+
+    fn become_health(&self, health: LegHealth) {
+        self.health.send_if_modified(|now| {
+            let changed = *now != health && *now != LegHealth::Gone;
+            if changed {
+                *now = health;
+            }
+            changed
+        });
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    duration.as_micros().try_into().unwrap_or(u64::MAX)
+}
+
+/// Notes when octets arrive.
+pub(super) struct Heard<T> {
+    pub(super) io: T,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Heard<T> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        let before = buf.filled().len();
+        let read = ready!(Pin::new(&mut self.io).poll_read(cx, buf));
+        if buf.filled().len() > before {
+            self.shared.heard();
+        }
+        Poll::Ready(read)
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Heard<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+/// Resolves when the connection has ended.
+pub(super) struct Driver<T> {
+    connection: h2::client::Connection<Heard<T>, Bytes>,
+    ping: PingPong,
+    sent: Option<Instant>,
+    timer: Pin<Box<Sleep>>,
+    armed: bool,
+    shared: Arc<Shared>,
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
+    pub(super) fn new(mut connection: h2::client::Connection<Heard<T>, Bytes>, shared: Arc<Shared>) -> Self {
+        let ping = connection.ping_pong().expect("taken once, here");
+        let timer = Box::pin(tokio::time::sleep(PING_AFTER));
+        let mut driver = Self { connection, ping, sent: None, timer, armed: false, shared };
+        // The answer to the first PING comes behind the peer's settings and is the first measured round trip.
+        driver.probe(Instant::now());
+        driver
+    }
+
+    fn probe(&mut self, now: Instant) {
+        if self.ping.send_ping(Ping::opaque()).is_ok() {
+            self.sent = Some(now);
+        }
+    }
+
+    fn poll_pong(&mut self, cx: &mut Context<'_>) {
+        while let Some(sent) = self.sent {
+            match self.ping.poll_pong(cx) {
+                Poll::Ready(Ok(_)) => {
+                    self.sent = None;
+                    self.sample(sent.elapsed());
+                    self.shared.settled.send_if_modified(|settled| !std::mem::replace(settled, true));
+                }
+                Poll::Ready(Err(_)) => self.sent = None,
+                Poll::Pending => return,
+            }
+        }
+    }
+
+    /// RFC 6298's weight.
+    fn sample(&self, sample: Duration) {
+        let before = self.shared.rtt_us.load(Ordering::Relaxed);
+        let smoothed = if before == 0 { micros(sample) } else { (before * 7 + micros(sample)) / 8 };
+        self.shared.rtt_us.store(smoothed.max(1), Ordering::Relaxed);
+    }
+
+    /// Decides what the silence means and arms the timer for the next look. `true` when the leg is dead.
+    fn look(&mut self, now: Instant) -> bool {
+        let shared = self.shared.clone();
+        let allowed = SUSPECT_AFTER.max(shared.rtt() * 3);
+        if shared.in_flight.load(Ordering::Acquire) == 0 {
+            shared.parked.store(true, Ordering::Release);
+            // A request may have begun in between and found nobody parked.
+            if shared.in_flight.load(Ordering::Acquire) == 0 || !shared.parked.swap(false, Ordering::AcqRel) {
+                self.armed = false;
+                return false;
+            }
+        }
+        let quiet_since = shared.quiet_since();
+        if self.sent.is_none() && now >= quiet_since + PING_AFTER {
+            self.probe(now);
+        }
+        let next = match self.sent {
+            None => quiet_since + PING_AFTER,
+            Some(sent) => {
+                let since = quiet_since.max(sent);
+                if now >= since + DEAD_AFTER {
+                    return true;
+                }
+                if now >= since + allowed {
+                    shared.become_health(LegHealth::Suspect);
+                    since + DEAD_AFTER
+                } else {
+                    since + allowed
+                }
+            }
+        };
+        self.timer.as_mut().reset(next.max(now + Duration::from_millis(1)));
+        self.armed = true;
+        false
+    }
+
+    fn poll_liveness(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.shared.health_now() == LegHealth::Suspect && self.sent.is_none_or(|sent| self.shared.heard_at() > sent)
+        {
+            self.shared.become_health(LegHealth::Live);
+            self.armed = false;
+        }
+        loop {
+            if !self.armed && self.look(Instant::now()) {
+                return Poll::Ready(());
+            }
+            if !self.armed {
+                return Poll::Pending;
+            }
+            let deadline = self.timer.deadline();
+            ready!(self.timer.as_mut().poll(cx));
+            self.armed = false;
+            let now = Instant::now();
+            if now.saturating_duration_since(deadline) > LATE {
+                // What was sent meanwhile may wait in the socket: read it before suspecting anybody.
+                self.timer.as_mut().reset(now + PING_AFTER);
+                self.armed = true;
+            }
+        }
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        this.shared.waker.register(cx.waker());
+        let ended = this.shared.aborted.load(Ordering::Acquire) || Pin::new(&mut this.connection).poll(cx).is_ready();
+        if !ended {
+            this.poll_pong(cx);
+            if this.poll_liveness(cx).is_pending() {
+                // PINGs that were just queued leave with the next poll of the connection, which h2 wakes.
+                return Poll::Pending;
+            }
+        }
+        this.shared.become_health(LegHealth::Gone);
+        Poll::Ready(())
+    }
+}
+
+impl<T> Drop for Driver<T> {
+    fn drop(&mut self) {
+        self.shared.become_health(LegHealth::Gone);
+    }
+}
