@@ -100,6 +100,20 @@ pub fn peer_id<T>(request: &tonic::Request<T>) -> Option<PeerId> {
     request.extensions().get::<Peer>()?.id.clone()
 }
 
+/// Why this side refused the server's certificate, if that is what made the call fail.
+pub fn refusal_of_status(status: &tonic::Status) -> Option<Refusal> {
+    causes(status).find_map(|cause| refusal_of(cause.downcast_ref::<io::Error>()?))
+}
+
+/// The innermost cause of a call that failed before it was answered; tonic itself only says that it did.
+pub fn cause_of_status(status: &tonic::Status) -> String {
+    causes(status).last().map_or_else(|| status.message().to_owned(), ToString::to_string)
+}
+
+fn causes(status: &tonic::Status) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+    std::iter::successors(std::error::Error::source(status), |cause| cause.source())
+}
+
 /// Called with each connection that was refused, so that the role can count it.
 pub type OnRefused = Arc<dyn Fn(Refusal, SocketAddr) + Send + Sync>;
 

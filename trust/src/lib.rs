@@ -8,6 +8,8 @@ pub mod bundle;
 pub mod ca;
 mod certificate;
 pub mod grpc;
+pub mod identity;
+pub mod issuer;
 pub mod key;
 pub mod peering;
 pub mod store;

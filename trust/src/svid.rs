@@ -124,7 +124,6 @@ impl SvidSource {
     }
 
     /// Whether somebody besides the caller still uses this source.
-    #[allow(dead_code, reason = "the identity client uses it")]
     pub(crate) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.shared) > 1
     }

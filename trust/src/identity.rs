@@ -1,0 +1,190 @@
+//! The identity client: gets this process its SVID from its federation and keeps it renewed.
+//!
+//! Nothing that happens to the process locks it out. The key is durable before the first join token is
+//! redeemed, and uses of a token are counted by key, so a kill between redeeming and persisting costs nothing.
+//! An SVID that expired during a pause renews with the same key within the grace that the federation states,
+//! and after that the join token is tried again.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tombolo_core::backoff::Backoff;
+use tombolo_core::id::{Role, TrustDomain};
+
+use crate::bundle::{Bundle, InvalidBundle};
+use crate::grpc;
+use crate::key::KeyError;
+use crate::store::TrustStore;
+use crate::svid::{Svid, SvidSource};
+use crate::tls::{ServerExpectation, client_config};
+
+mod exchange;
+mod persisted;
+
+use exchange::{Exchange, ExchangeError};
+use persisted::Persisted;
+
+/// Where the identity comes from, and where it is kept.
+#[derive(Debug, Clone)]
+pub struct IdentityConfig {
+    /// host:port of the federation's identity and discovery port.
+    pub federation: String,
+    /// File with the trust bundle of the own trust domain. It is read again before each exchange, so that
+    /// replacing it needs no restart.
+    pub ca: PathBuf,
+    /// File with a join token. Needed until the first SVID is there; may appear later.
+    pub join: Option<PathBuf>,
+    /// Folder for key, SVID and bundle.
+    pub state: PathBuf,
+}
+
+/// Why the identity client can't start. What can heal by itself is retried instead, and logged.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    #[error("the CA file is refused: {0}; copy `ca.pem` from the federation's state directory")]
+    Ca(InvalidBundle),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error("can't use the state directory {path}: {source}", path = path.display())]
+    State { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Federation(#[from] grpc::InvalidAddress),
+}
+
+/// First and longest wait after a failed exchange.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LONGEST: Duration = Duration::from_secs(5);
+/// The monotonic clock stands still while a machine sleeps, so the wall clock is looked at this often.
+const TICK: Duration = Duration::from_secs(2);
+
+/// Starts the client on the current runtime. A persisted SVID is in force when this returns, unless it has
+/// expired; otherwise wait for the first with [`SvidSource::wait`]. The client stops some seconds after the
+/// last other clone of the source is gone.
+pub fn start(config: IdentityConfig) -> Result<(SvidSource, TrustStore), IdentityError> {
+    let client = Client::new(config)?;
+    let (svid, trust) = (client.svid.clone(), client.trust.clone());
+    tokio::spawn(client.run());
+    Ok((svid, trust))
+}
+
+struct Client {
+    config: IdentityConfig,
+    trust_domain: TrustDomain,
+    persisted: Persisted,
+    exchange: Exchange,
+    svid: SvidSource,
+    trust: TrustStore,
+    /// The newest SVID, also when it has expired: it proves the next renewal.
+    latest: Option<Svid>,
+}
+
+impl Client {
+    fn new(config: IdentityConfig) -> Result<Self, IdentityError> {
+        let pinned = Bundle::load(&config.ca).map_err(IdentityError::Ca)?;
+        let trust_domain = pinned.trust_domain().clone();
+        let persisted = Persisted::open(&config.state)
+            .map_err(|source| IdentityError::State { path: config.state.clone(), source })?;
+        let key = persisted.key()?;
+
+        let trust = TrustStore::new();
+        offer(&trust, pinned);
+        if let Some(bundle) = persisted.bundle().filter(|bundle| *bundle.trust_domain() == trust_domain) {
+            offer(&trust, bundle);
+        }
+        let svid = SvidSource::new();
+        let latest = persisted.svid(&key).filter(|latest| *latest.id.trust_domain() == trust_domain);
+        if let Some(latest) = latest.as_ref().filter(|latest| !latest.has_expired(Timestamp::now())) {
+            svid.set(latest.clone());
+        }
+        // No certificate is shown in the handshake: the proof is in the message, and an expired one would end
+        // the handshake.
+        let expectation = ServerExpectation::Role { trust_domain: trust_domain.clone(), role: Role::Federation };
+        let tls = client_config(&SvidSource::new(), &trust, expectation, &[grpc::ALPN_H2]);
+        let exchange = Exchange::new(&config.federation, tls, key)?;
+        Ok(Self { config, trust_domain, persisted, exchange, svid, trust, latest })
+    }
+
+    async fn run(mut self) {
+        let mut backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
+        let mut due = self.next_renewal();
+        while self.svid.is_shared() {
+            let now = Timestamp::now();
+            if now < due {
+                let left = due.duration_since(now).unsigned_abs();
+                tokio::time::sleep(left.min(TICK)).await;
+                continue;
+            }
+            match self.renew().await {
+                Ok(()) => {
+                    backoff.reset();
+                    due = self.next_renewal();
+                }
+                Err(error) => {
+                    let wait = backoff.next_wait(rand::random());
+                    tracing::warn!(%error, federation = self.config.federation, retry_ms = wait.as_millis(), "no SVID from the federation yet");
+                    due = Timestamp::now().saturating_add(wait).unwrap_or(Timestamp::MAX);
+                }
+            }
+        }
+    }
+
+    fn next_renewal(&self) -> Timestamp {
+        self.latest.as_ref().map_or(Timestamp::MIN, |latest| renewal_time(latest, rand::random()))
+    }
+
+    /// One exchange: renews by the SVID that there is, else joins.
+    async fn renew(&mut self) -> Result<(), ExchangeError> {
+        self.read_ca_file();
+        let token = self.config.join.as_deref();
+        let (chain, bundle) = self.exchange.run(self.latest.as_ref(), token).await?;
+        if *bundle.trust_domain() != self.trust_domain {
+            return Err(ExchangeError::OtherDomain(bundle.trust_domain().clone()));
+        }
+        offer(&self.trust, bundle);
+        let svid = Svid::new(chain, self.exchange.private_key())?;
+        if *svid.id.trust_domain() != self.trust_domain {
+            return Err(ExchangeError::OtherDomain(svid.id.trust_domain().clone()));
+        }
+        // It is used even if it can't be kept: a restart gets another with the same key.
+        let own = self.trust.snapshot().bundle(&self.trust_domain).cloned();
+        if let Err(error) = self.persisted.save(&svid, own.as_ref()) {
+            let path = self.config.state.display();
+            tracing::warn!(%error, %path, "the SVID can't be written; check space and permissions");
+        }
+        tracing::info!(id = %svid.id, not_after = %svid.not_after, "SVID issued");
+        self.latest = Some(svid.clone());
+        self.svid.set(svid);
+        Ok(())
+    }
+
+    /// Whoever missed a rotation is helped by a new CA file.
+    fn read_ca_file(&self) {
+        match Bundle::load(&self.config.ca) {
+            Ok(bundle) if *bundle.trust_domain() == self.trust_domain => offer(&self.trust, bundle),
+            Ok(bundle) => {
+                let found = bundle.trust_domain();
+                tracing::warn!(%found, want = %self.trust_domain, "the CA file is now of another trust domain; restart to take it");
+            }
+            Err(error) => tracing::debug!(%error, "the CA file can't be read; going on with what was read before"),
+        }
+    }
+}
+
+/// The newest bundle stays in force whatever is offered.
+fn offer(trust: &TrustStore, bundle: Bundle) {
+    if let Err(reason) = trust.set_own(bundle) {
+        tracing::debug!(%reason, "an offered bundle of the own trust domain is not taken");
+    }
+}
+
+/// Half of the life, give or take a twentieth, so that processes started together don't renew together.
+/// `random` is uniform in `0.0..1.0`.
+fn renewal_time(svid: &Svid, random: f64) -> Timestamp {
+    let life = svid.not_after.duration_since(svid.not_before).unsigned_abs();
+    let share = 0.45 + 0.1 * random.clamp(0.0, 1.0);
+    svid.not_before.saturating_add(life.mul_f64(share)).unwrap_or(Timestamp::MAX)
+}
+
+#[cfg(test)]
+mod tests;
