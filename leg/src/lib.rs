@@ -10,6 +10,7 @@
 
 pub mod accept;
 pub mod client_hello;
+pub mod credentials;
 pub mod dial;
 pub mod discovery;
 mod frame_io;
@@ -17,6 +18,7 @@ pub mod http;
 pub mod opaque;
 pub mod proxy_header;
 pub mod status;
+pub mod watch;
 
 /// What is spoken inside a leg, agreed by ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

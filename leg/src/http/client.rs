@@ -82,8 +82,8 @@ impl<B> SendError<B> {
 impl HttpLeg {
     /// Starts HTTP/2 on a leg that was dialled with ALPN `h2`.
     pub async fn start(leg: Leg, limits: HttpLimits) -> Result<Self, StreamError> {
-        let Leg { stream, server_id, crossing, setup, .. } = leg;
-        Self::over(stream, server_id, crossing, setup, limits).await
+        let Leg { stream, server_id, crossing, rtt, .. } = leg;
+        Self::over(stream, server_id, crossing, rtt, limits).await
     }
 
     /// The same over any stream; `rtt` is a first estimate.

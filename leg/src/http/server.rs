@@ -63,7 +63,7 @@ where
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    let AcceptedLeg { stream, identity } = leg;
+    let AcceptedLeg { stream, identity, .. } = leg;
     let handshake = h2::server::Builder::new()
         .initial_window_size(options.limits.stream_window)
         .initial_connection_window_size(options.limits.connection_window())
