@@ -68,6 +68,11 @@ pub fn start(config: IdentityConfig) -> Result<(SvidSource, TrustStore), Identit
     Ok((svid, trust))
 }
 
+/// Whether an SVID was kept in this state folder before: then no join token is needed.
+pub fn has_identity(state: &std::path::Path) -> bool {
+    persisted::svid_path(state).exists()
+}
+
 struct Client {
     config: IdentityConfig,
     trust_domain: TrustDomain,

@@ -8,13 +8,21 @@ use crate::bundle::{Bundle, certificate_pem, read_certificates};
 use crate::key::{IdentityKey, KeyError};
 use crate::svid::Svid;
 
+/// Within the role's state folder.
+const FOLDER: &str = "identity";
+const SVID_FILE: &str = "svid.pem";
+
+pub(super) fn svid_path(state: &Path) -> PathBuf {
+    state.join(FOLDER).join(SVID_FILE)
+}
+
 pub(super) struct Persisted {
     folder: PathBuf,
 }
 
 impl Persisted {
     pub(super) fn open(state: &Path) -> io::Result<Self> {
-        let folder = state.join("identity");
+        let folder = state.join(FOLDER);
         atomic::create_private_dir(&folder)?;
         Ok(Self { folder })
     }
@@ -26,7 +34,7 @@ impl Persisted {
 
     /// The newest SVID, if there is one that fits the key.
     pub(super) fn svid(&self, key: &IdentityKey) -> Option<Svid> {
-        let path = self.folder.join("svid.pem");
+        let path = self.folder.join(SVID_FILE);
         let bytes = read(&path)?;
         let svid = read_certificates(&bytes)
             .map_err(|error| error.to_string())
@@ -46,7 +54,7 @@ impl Persisted {
             bundle.save(&self.folder.join("bundle.pem"))?;
         }
         let pem: String = svid.chain.iter().map(certificate_pem).collect();
-        atomic::write_private(&self.folder.join("svid.pem"), pem.as_bytes())
+        atomic::write_private(&self.folder.join(SVID_FILE), pem.as_bytes())
     }
 }
 
