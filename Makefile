@@ -12,8 +12,9 @@ demo: ## Two clusters on this machine: a crossing request, a failover, a recover
 	$(TARGET)/release/tombolo demo
 
 test: ## Every test of the workspace, the end-to-end ones with real processes
-	@.ci/need cc curl go
-	.ci/with-tools cargo test --workspace --locked
+	@.ci/need cc curl
+	@testbed/tools/install
+	cargo test --workspace --locked
 
 lint: ## Formatting, clippy, docs, unused dependencies, licences and bans
 	@.ci/need cc
