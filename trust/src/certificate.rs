@@ -10,6 +10,8 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
+use crate::tls::provider;
+
 /// Largest certificate that is looked into, in octets. SPIFFE IDs are at most 2,048 octets.
 pub(crate) const CERTIFICATE_LEN_MAX: usize = 16 * 1024;
 /// Longest chain that is looked into: the leaf and its intermediates.
@@ -100,20 +102,14 @@ pub(crate) fn read_root(root: &CertificateDer<'_>) -> Result<Root, Refused> {
     })
 }
 
-/// Whether `certificate` is signed by its own key: what a pin to a root may name.
+/// Whether `certificate` is signed by its own key: what a pin to a root may name. webpki takes a root's own
+/// signature for granted, so it is checked here.
 pub(crate) fn is_self_signed(certificate: &CertificateDer<'_>) -> bool {
-    let Ok(parsed) = parse(certificate) else { return false };
-    if parsed.subject().as_raw() != parsed.issuer().as_raw() {
-        return false;
-    }
-    let Ok(anchor) = webpki::anchor_from_trusted_cert(certificate) else { return false };
-    let Ok(end_entity) = EndEntityCert::try_from(certificate) else { return false };
-    let algorithm = rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms;
-    // A root is no end entity for webpki, so its own signature is checked directly.
-    let _ = anchor;
-    algorithm.all.iter().any(|algorithm| {
-        end_entity.verify_signature(*algorithm, parsed.tbs_certificate.as_ref(), &parsed.signature_value.data).is_ok()
-    })
+    let (Ok(parsed), Ok(root)) = (parse(certificate), EndEntityCert::try_from(certificate)) else { return false };
+    let (message, signature) = (parsed.tbs_certificate.as_ref(), &parsed.signature_value.data);
+    let algorithms = provider().signature_verification_algorithms.all;
+    parsed.subject().as_raw() == parsed.issuer().as_raw()
+        && algorithms.iter().any(|algorithm| root.verify_signature(*algorithm, message, signature).is_ok())
 }
 
 fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, Refused> {

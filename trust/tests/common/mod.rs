@@ -16,6 +16,9 @@ use tombolo_trust::store::{ClusterBundle, TrustStore};
 use tombolo_trust::svid::SvidSource;
 use tombolo_trust::tls::{refusal_of, refused_by_peer};
 
+pub mod forged;
+pub mod identity_server;
+
 pub const LIFE: Duration = Duration::from_secs(3600);
 
 /// A cluster's CA in a folder of its own.
