@@ -85,6 +85,8 @@ refusals! {
     BadAlpn = "bad-alpn", "the connection asks for a protocol that this port does not speak";
     /// The service is not known to this cluster at all.
     UnknownService = "unknown-service", "no cluster of the clusterset exports this service to here; see `tombolo status`";
+    /// The name is not one of the clusterset.
+    ForeignName = "foreign-name", "only names under svc.clusterset.local are carried; send other requests directly (for a proxy setting: list them in no_proxy)";
     /// The request itself is malformed.
     BadRequest = "bad-request", "the request is malformed or larger than the limits allow";
     /// Too many hops, or the cluster is already in the path.

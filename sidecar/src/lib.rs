@@ -3,5 +3,6 @@
 //! `outbound` takes the application's calls, picks an endpoint and carries them over an inner leg.
 
 pub mod config;
+pub mod outbound;
 
 pub use config::Config;

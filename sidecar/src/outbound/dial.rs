@@ -1,0 +1,244 @@
+//! Makes legs: straight to a local endpoint's sidecar, or through the gateways of this cluster in turn.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tombolo_core::id::GatewayId;
+use tombolo_core::model::Origin;
+use tombolo_core::refusal::Refusal;
+use tombolo_core::sni::LegTarget;
+use tombolo_core::trace::TraceParent;
+use tombolo_leg::Alpn;
+use tombolo_leg::dial::{Dialer, Leg, LegError, LegRequest, Stage, Via};
+use tombolo_leg::http::{HttpLeg, HttpLimits};
+use tombolo_trust::store::TrustStore;
+use tombolo_trust::svid::SvidSource;
+
+use super::gateways::{Gateway, Gateways};
+use super::observe::{Counted, Observed};
+use super::pool::{Acquire, Dialled, Stamp};
+use super::refuse::Refused;
+use super::route::Target;
+
+/// Where the fault lies when a leg does not stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blame {
+    /// The endpoint, its sidecar or its cluster: another endpoint may do.
+    Endpoint,
+    /// No gateway here has a way to the cluster.
+    Way,
+    /// This sidecar itself, for every endpoint of that cluster.
+    Here,
+}
+
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{refused}")]
+pub struct LegFailure {
+    pub refused: Refused,
+    pub blame: Blame,
+}
+
+/// Dials legs with this sidecar's identity.
+pub struct LegDialer {
+    dialer: Dialer,
+    trust: TrustStore,
+    svid_version: watch::Receiver<u64>,
+    pub gateways: Gateways,
+    connect_timeout: Duration,
+    http: HttpLimits,
+    observed: Observed,
+}
+
+/// An opaque leg and what is said about it.
+pub struct WithGateway<T> {
+    pub leg: T,
+    pub gateway: Option<GatewayId>,
+}
+
+impl LegDialer {
+    pub fn new(
+        svid: &SvidSource,
+        trust: &TrustStore,
+        gateways: Gateways,
+        connect_timeout: Duration,
+        observed: Observed,
+    ) -> Self {
+        Self {
+            dialer: Dialer::new(svid.clone(), trust.clone()),
+            trust: trust.clone(),
+            svid_version: svid.subscribe(),
+            gateways,
+            connect_timeout,
+            http: HttpLimits::default(),
+            observed,
+        }
+    }
+
+    pub fn trust(&self) -> &TrustStore {
+        &self.trust
+    }
+
+    /// The versions that a leg dialled now would bear.
+    pub fn stamp(&self) -> Stamp {
+        Stamp { svid: *self.svid_version.borrow(), trust: self.trust.snapshot().generation() }
+    }
+
+    /// A shared leg to `target`, dialled if there is none. The dial goes on if the caller gives up, for
+    /// others may wait for it.
+    pub async fn shared(
+        self: &Arc<Self>,
+        target: &Arc<Target>,
+        trace: Option<TraceParent>,
+    ) -> Result<HttpLeg, LegFailure> {
+        loop {
+            let mut waiting = match target.pool.acquire(self.stamp()) {
+                Acquire::Leg(leg) => return Ok(leg),
+                Acquire::Wait(waiting) => waiting,
+                Acquire::Dial(dialling) => {
+                    let waiting = dialling.subscribe();
+                    let (dialer, target) = (self.clone(), target.clone());
+                    tokio::spawn(async move {
+                        let result = dialer.http(&target, trace).await.map_err(Arc::new);
+                        target.pool.dialled(dialling, result);
+                    });
+                    waiting
+                }
+            };
+            let result = waiting.wait_for(Option::is_some).await.map(|result| result.clone());
+            if let Ok(Some(Err(failure))) = result {
+                return Err(LegFailure::clone(&failure));
+            }
+        }
+    }
+
+    async fn http(&self, target: &Target, trace: Option<TraceParent>) -> Result<Dialled, LegFailure> {
+        // Taken before dialling: a leg is never newer than its stamp says.
+        let stamp = self.stamp();
+        let WithGateway { leg, gateway } = self.dial(target, Alpn::H2, trace).await?;
+        let counted = Counted::new(&self.observed.legs);
+        let credentials = leg.credentials.clone();
+        let leg = HttpLeg::start(leg, self.http).await.map_err(|error| LegFailure {
+            refused: Refused::new(Refusal::ConnectionLost, error.to_string()),
+            blame: Blame::Endpoint,
+        })?;
+        Ok(Dialled { leg, stamp, gateway, credentials, counted })
+    }
+
+    /// A leg of its own.
+    pub async fn dial(
+        &self,
+        target: &Target,
+        alpn: Alpn,
+        trace: Option<TraceParent>,
+    ) -> Result<WithGateway<Leg>, LegFailure> {
+        self.observed.dials.inc();
+        let trust_domain = self.trust.snapshot().domain_of(&target.key.cluster).cloned().ok_or_else(|| LegFailure {
+            refused: Refused::new(Refusal::UnknownTrustDomain, format!("no trust bundle of {}", target.key.cluster)),
+            blame: Blame::Here,
+        })?;
+        let request = |via, deadline| LegRequest {
+            target: target.leg_target(),
+            trust_domain: trust_domain.clone(),
+            server_ids: target.server_ids.clone(),
+            via,
+            alpn,
+            trace,
+            tracestate: None,
+            deadline,
+        };
+        match (&target.address, target.origin) {
+            (Some(address), Origin::Local) => {
+                let via = Via::Direct(address.clone());
+                let leg = self
+                    .dialer
+                    .dial(request(via, self.connect_timeout))
+                    .await
+                    .map_err(|error| blame_endpoint(error, target))?;
+                Ok(WithGateway { leg, gateway: None })
+            }
+            (None, Origin::Local) => Err(LegFailure {
+                refused: Refused::new(Refusal::EndpointGone, format!("no sidecar delivers {}", target.key.endpoint)),
+                blame: Blame::Endpoint,
+            }),
+            (_, Origin::Remote) => self.through_gateways(target, request).await,
+        }
+    }
+
+    async fn through_gateways(
+        &self,
+        target: &Target,
+        request: impl Fn(Via, Duration) -> LegRequest,
+    ) -> Result<WithGateway<Leg>, LegFailure> {
+        let end = Instant::now() + self.connect_timeout;
+        let cluster = &target.key.cluster;
+        let mut tried: Vec<GatewayId> = Vec::new();
+        let mut last = LegFailure {
+            refused: Refused::new(Refusal::NoTunnel, format!("to {cluster}: this cluster has no gateway")),
+            blame: Blame::Way,
+        };
+        while let Some(gateway) = self.gateways.choose(cluster, &tried, rand::random()) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            tried.push(gateway.id.clone());
+            // What hangs must leave time for the next gateway.
+            let others = self.gateways.choose(cluster, &tried, 0).is_some();
+            let deadline = if others { left / 2 } else { left };
+            match self.dialer.dial(request(Via::Gateway { address: gateway.ingress.clone() }, deadline)).await {
+                Ok(leg) => {
+                    gateway.worked();
+                    return Ok(WithGateway { leg, gateway: Some(gateway.id.clone()) });
+                }
+                Err(error) if is_the_gateways(&error, &gateway) => last = blame_way(error, &gateway),
+                Err(error) => return Err(blame_endpoint(error, target)),
+            }
+        }
+        Err(last)
+    }
+}
+
+/// Whether another gateway may succeed where this one did not.
+fn is_the_gateways(error: &LegError, gateway: &Gateway) -> bool {
+    match (error.stage, error.refusal) {
+        // The tunnel of another gateway may stand.
+        (Stage::Gateway, Refusal::NoTunnel) => true,
+        (Stage::Connect, _)
+        | (
+            Stage::Gateway,
+            Refusal::Draining
+            | Refusal::Overloaded
+            | Refusal::ConnectionLost
+            | Refusal::Timeout
+            | Refusal::HandshakeTimeout,
+        ) => {
+            gateway.failed();
+            true
+        }
+        (Stage::Gateway | Stage::Handshake, _) => false,
+    }
+}
+
+fn blame_way(error: LegError, gateway: &Gateway) -> LegFailure {
+    let detail = format!("gateway {}: {}", gateway.id, error.detail);
+    let refused = Refused { refusal: error.refusal, detail, retry_after: error.retry_after };
+    LegFailure { refused, blame: Blame::Way }
+}
+
+fn blame_endpoint(error: LegError, target: &Target) -> LegFailure {
+    let detail = format!("endpoint {} in {}: {}", target.key.endpoint, target.key.cluster, error.detail);
+    let refused = Refused { refusal: error.refusal, detail, retry_after: error.retry_after };
+    LegFailure { refused, blame: Blame::Endpoint }
+}
+
+impl Target {
+    pub fn leg_target(&self) -> LegTarget {
+        LegTarget {
+            cluster: self.key.cluster.clone(),
+            service: self.service.clone(),
+            port: self.port,
+            endpoint: Some(self.key.endpoint.clone()),
+        }
+    }
+}

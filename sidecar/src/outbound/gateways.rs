@@ -1,0 +1,213 @@
+//! The gateways of this cluster: which of them a leg to another cluster enters.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use tombolo_core::id::{ClusterId, GatewayId};
+use tombolo_core::routing::ClusterReach;
+use tombolo_leg::discovery::LocalGateway;
+
+/// A gateway that refused or did not connect is passed over for this long at first; twice as long each time
+/// that it happens again, up to [`AVOID_MAX`]. One success forgives everything.
+const AVOID: Duration = Duration::from_millis(500);
+const AVOID_MAX: Duration = Duration::from_secs(10);
+
+/// What a gateway says of one peer cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerReach {
+    pub reach: ClusterReach,
+    pub rtt: Option<Duration>,
+}
+
+/// One gateway, as this sidecar sees it.
+#[derive(Debug)]
+pub struct Gateway {
+    pub id: GatewayId,
+    pub ingress: String,
+    draining: AtomicBool,
+    /// `None` before GatewayWatch has said anything.
+    peers: ArcSwap<Option<BTreeMap<ClusterId, PeerReach>>>,
+    base: Instant,
+    avoid_until_ms: AtomicU64,
+    failures: AtomicU32,
+}
+
+/// All gateways of this cluster.
+#[derive(Debug, Clone, Default)]
+pub struct Gateways {
+    all: Arc<ArcSwap<Vec<Arc<Gateway>>>>,
+}
+
+impl Gateways {
+    /// Takes in the list; what is known of a gateway that stays is kept.
+    pub fn replace(&self, gateways: &[LocalGateway]) {
+        let before = self.all.load();
+        let known = |gateway: &LocalGateway| {
+            let same = |old: &&Arc<Gateway>| old.id == gateway.gateway_id && old.ingress == gateway.ingress_address;
+            before.iter().find(same).cloned()
+        };
+        let now = gateways.iter().map(|gateway| known(gateway).unwrap_or_else(|| Arc::new(Gateway::new(gateway))));
+        self.all.store(Arc::new(now.collect()));
+    }
+
+    /// Takes in what GatewayWatch says; `None` when the watch is lost, so that nothing is known any more.
+    pub fn observe(&self, id: &GatewayId, draining: bool, peers: Option<BTreeMap<ClusterId, PeerReach>>) {
+        for gateway in self.all.load().iter().filter(|gateway| gateway.id == *id) {
+            gateway.draining.store(draining, Ordering::Relaxed);
+            gateway.peers.store(Arc::new(peers.clone()));
+        }
+    }
+
+    pub fn is_draining(&self, id: &GatewayId) -> bool {
+        self.all.load().iter().any(|gateway| gateway.id == *id && gateway.draining.load(Ordering::Relaxed))
+    }
+
+    /// The best that any gateway says of a cluster.
+    pub fn reach(&self, cluster: &ClusterId) -> PeerReach {
+        let all = self.all.load();
+        let usable = all.iter().filter(|gateway| !gateway.draining.load(Ordering::Relaxed));
+        let best = usable.map(|gateway| gateway.reach(cluster)).min_by_key(rank);
+        best.unwrap_or(PeerReach { reach: ClusterReach::Down, rtt: None })
+    }
+
+    /// The gateway for the next try. `tried` are those that this leg has met already; `random` spreads
+    /// over equals.
+    pub fn choose(&self, cluster: &ClusterId, tried: &[GatewayId], random: u64) -> Option<Arc<Gateway>> {
+        let all = self.all.load();
+        let cost = |gateway: &Arc<Gateway>| {
+            let draining = gateway.draining.load(Ordering::Relaxed);
+            (draining, gateway.reach(cluster).reach, gateway.is_avoided())
+        };
+        let untried = || all.iter().filter(|gateway| !tried.contains(&gateway.id));
+        let best = untried().map(cost).min()?;
+        let equals = untried().filter(|gateway| cost(gateway) == best);
+        let count = equals.clone().count() as u64;
+        equals.cloned().nth(usize::try_from(random % count).unwrap_or(0))
+    }
+
+    pub fn snapshot(&self) -> Arc<Vec<Arc<Gateway>>> {
+        self.all.load_full()
+    }
+}
+
+fn rank(peer: &PeerReach) -> (ClusterReach, bool, Duration) {
+    (peer.reach, peer.rtt.is_none(), peer.rtt.unwrap_or_default())
+}
+
+impl Gateway {
+    fn new(gateway: &LocalGateway) -> Self {
+        Self {
+            id: gateway.gateway_id.clone(),
+            ingress: gateway.ingress_address.clone(),
+            draining: AtomicBool::new(false),
+            peers: ArcSwap::default(),
+            base: Instant::now(),
+            avoid_until_ms: AtomicU64::new(0),
+            failures: AtomicU32::new(0),
+        }
+    }
+
+    /// What this gateway says of a cluster; a peer that it does not list has no tunnel.
+    pub fn reach(&self, cluster: &ClusterId) -> PeerReach {
+        match &**self.peers.load() {
+            None => PeerReach { reach: ClusterReach::Unknown, rtt: None },
+            Some(peers) => peers.get(cluster).copied().unwrap_or(PeerReach { reach: ClusterReach::Down, rtt: None }),
+        }
+    }
+
+    pub fn failed(&self) {
+        let failures = self.failures.fetch_add(1, Ordering::Relaxed).min(8);
+        let pause = AVOID.saturating_mul(1 << failures).min(AVOID_MAX);
+        self.avoid_until_ms.store(self.now_ms() + pause.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    pub fn worked(&self) {
+        if self.failures.swap(0, Ordering::Relaxed) != 0 {
+            self.avoid_until_ms.store(0, Ordering::Relaxed);
+        }
+    }
+
+    pub fn is_avoided(&self) -> bool {
+        self.avoid_until_ms.load(Ordering::Relaxed) > self.now_ms()
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.base.elapsed().as_millis() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn gateways(names: &[&str]) -> Gateways {
+        let gateways = Gateways::default();
+        let list: Vec<_> = names
+            .iter()
+            .map(|name| LocalGateway {
+                gateway_id: name.parse().unwrap(),
+                ingress_address: format!("127.0.0.1:{}", name.len()),
+                watch_address: String::new(),
+                spiffe_id: "spiffe://east.tombolo/tombolo/gateway/g".parse().unwrap(),
+            })
+            .collect();
+        gateways.replace(&list);
+        gateways
+    }
+
+    fn say(gateways: &Gateways, id: &str, reach: ClusterReach) {
+        let peers = BTreeMap::from([("west".parse().unwrap(), PeerReach { reach, rtt: None })]);
+        gateways.observe(&id.parse().unwrap(), false, Some(peers));
+    }
+
+    #[track_caller]
+    fn check(gateways: &Gateways, tried: &[&str], want: Option<&str>) {
+        let tried: Vec<GatewayId> = tried.iter().map(|id| id.parse().unwrap()).collect();
+        for random in 0..20 {
+            let chosen = gateways.choose(&"west".parse().unwrap(), &tried, random);
+            assert_eq!(chosen.map(|gateway| gateway.id.to_string()).as_deref(), want);
+        }
+    }
+
+    #[test]
+    fn the_gateway_that_reaches_is_chosen() {
+        let gateways = gateways(&["a", "b"]);
+        say(&gateways, "a", ClusterReach::Suspect);
+        check(&gateways, &[], Some("b"));
+        say(&gateways, "b", ClusterReach::Down);
+        check(&gateways, &[], Some("a"));
+        check(&gateways, &["a"], Some("b"));
+        check(&gateways, &["a", "b"], None);
+        say(&gateways, "b", ClusterReach::Up);
+        gateways.observe(&"b".parse().unwrap(), true, None);
+        check(&gateways, &[], Some("a"));
+    }
+
+    #[test]
+    fn a_gateway_that_failed_is_passed_over_until_it_works() {
+        let gateways = gateways(&["a", "b"]);
+        let all = gateways.snapshot();
+        all[0].failed();
+        check(&gateways, &[], Some("b"));
+        all[1].failed();
+        assert!(gateways.choose(&"west".parse().unwrap(), &[], 0).is_some());
+        all[0].worked();
+        check(&gateways, &[], Some("a"));
+    }
+
+    #[test]
+    fn equals_share_the_legs_and_what_is_known_stays() {
+        let gateways = gateways(&["a", "b"]);
+        let chosen: std::collections::BTreeSet<_> =
+            (0..10).map(|random| gateways.choose(&"west".parse().unwrap(), &[], random).unwrap().id.clone()).collect();
+        assert_eq!(chosen.len(), 2);
+        assert_eq!(gateways.reach(&"west".parse().unwrap()).reach, ClusterReach::Unknown);
+        say(&gateways, "a", ClusterReach::Up);
+        assert_eq!(gateways.reach(&"west".parse().unwrap()).reach, ClusterReach::Up);
+        assert_eq!(Gateways::default().reach(&"west".parse().unwrap()).reach, ClusterReach::Down);
+    }
+}

@@ -1,0 +1,327 @@
+//! One request of the application: its way is chosen, it is sent, and tried again where that is right.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, Request, Response, StatusCode, request};
+use http_body::Body;
+use hyper::body::Incoming;
+use tombolo_core::outlier::Outcome;
+use tombolo_core::refusal::Refusal;
+use tombolo_core::retry::{self, Exhausted, Progress, Verdict};
+use tombolo_core::routing::{EndpointKey, Pick, PickReason};
+use tombolo_core::trace::TraceParent;
+use tombolo_leg::http::{HttpLeg, RecvBody, SendErrorKind, StreamError, headers};
+use tombolo_runtime::telemetry::{Kind, Span};
+
+use super::Outbound;
+use super::body::{BodySource, ResponseBody};
+use super::dial::{Blame, LegFailure};
+use super::refuse::Refused;
+use super::replay::RequestBody;
+use super::route::{Flight, Route, Target, Waiting};
+use super::{explain, switch, tunnel};
+use crate::config::ServicePortName;
+
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// Legs that turn out to be closed just when a request is put on them, before that counts as a try.
+const CLOSED_LEGS_MAX: u32 = 2;
+/// Before an endpoint is met again that has just refused; doubled for each further try.
+pub(super) const PAUSE: Duration = Duration::from_millis(20);
+
+/// Who calls, and through which listener.
+#[derive(Clone)]
+pub struct Caller {
+    pub address: SocketAddr,
+    /// Of a listener that leads to one service; the proxy's callers name it themselves.
+    pub fixed: Option<Arc<ServicePortName>>,
+}
+
+/// A request that is ready to be tried.
+struct Outgoing {
+    head: request::Parts,
+    body: BodySource,
+    idempotent: bool,
+    began: Instant,
+}
+
+/// A try that ended without a response.
+pub(super) struct Failure {
+    pub progress: Progress,
+    pub refused: Refused,
+    pub outcome: Option<Outcome>,
+    pub blame: Blame,
+}
+
+/// The try that was answered.
+struct Answered {
+    response: Response<RecvBody>,
+    flight: Flight,
+    leg: HttpLeg,
+    pick: Pick,
+    tries: u32,
+}
+
+impl Outbound {
+    /// Answers one request; refusals are answers too.
+    pub async fn handle(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+        caller: Caller,
+    ) -> Result<Response<ResponseBody>, Infallible> {
+        let asked = if grpc_or_explained(request.headers()) { request.headers().clone() } else { HeaderMap::new() };
+        match self.answer(request, &caller).await {
+            Ok(response) => Ok(response),
+            Err(refused) => {
+                self.observed.refused(refused.refusal);
+                tracing::debug!(caller = %caller.address, refusal = refused.refusal.code(), detail = %refused.detail, "request refused");
+                Ok(refused.respond(&asked).map(ResponseBody::Own))
+            }
+        }
+    }
+
+    async fn answer(
+        self: &Arc<Self>,
+        mut request: Request<Incoming>,
+        caller: &Caller,
+    ) -> Result<Response<ResponseBody>, Refused> {
+        let route = self.route_of(&request, caller).await?;
+        let began = Instant::now();
+        route.begin(began);
+        let mut span = self.span(&request, &route);
+        if is_plain_connect(&request) {
+            return tunnel::connect(self, request, &route, caller, span).await;
+        }
+        let explained = request.headers_mut().remove(&explain::ASK).is_some();
+        let (mut head, body, switching) = switch::Switching::begin(request)?;
+        let body = match &switching {
+            Some(_) => BodySource::upgrade(),
+            None => BodySource::Request(RequestBody::new(body)),
+        };
+        headers::to_leg(&mut head).map_err(|error| Refused::new(Refusal::BadRequest, error.to_string()))?;
+        if let Some(context) = span.context().filter(|_| span.is_recording()) {
+            let value = HeaderValue::from_str(&context.to_string()).expect("hex digits and dashes");
+            head.headers.insert(TRACEPARENT, value);
+        }
+        let idempotent = switching.is_none() && retry::is_idempotent(head.method.as_str());
+        let outgoing = Outgoing { head, body, idempotent, began };
+        let answered =
+            self.try_all(&route, &outgoing, span.context()).await.inspect_err(|refused| span.error(refused))?;
+        describe(&mut span, &answered);
+        let Answered { mut response, flight, leg, pick, tries } = answered;
+        if explained {
+            explain::explain(response.headers_mut(), &flight.target, &leg, pick, tries);
+        }
+        match switching.filter(|_| response.status().is_success()) {
+            Some(switching) => {
+                let sender = outgoing.body.into_upgrade();
+                Ok(switching.finish(self, response, sender, flight, span))
+            }
+            None => Ok(response.map(|body| ResponseBody::Leg { body, under_way: Some((flight, span)) })),
+        }
+    }
+
+    async fn route_of(&self, request: &Request<Incoming>, caller: &Caller) -> Result<Arc<Route>, Refused> {
+        if request.headers().get_all(header::HOST).iter().nth(1).is_some() {
+            return Err(Refused::new(Refusal::BadRequest, "the request has more than one Host"));
+        }
+        if let Some(fixed) = &caller.fixed {
+            return self.services.route(&fixed.service, fixed.port).await;
+        }
+        if request.uri().scheme_str().is_some_and(|scheme| scheme != "http") {
+            let detail = "only http:// is carried; a client that speaks TLS itself asks with CONNECT";
+            return Err(Refused::new(Refusal::BadRequest, detail));
+        }
+        let authority = match request.uri().authority() {
+            Some(authority) => authority.as_str(),
+            None => {
+                let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+                host.ok_or_else(|| Refused::new(Refusal::BadRequest, "the request has no host"))?
+            }
+        };
+        match self.services.known(authority) {
+            Some(route) => Ok(route),
+            None => self.services.resolve(authority, 80).await,
+        }
+    }
+
+    fn span(&self, request: &Request<Incoming>, route: &Route) -> Span {
+        let parent = request.headers().get(&TRACEPARENT).and_then(|value| value.to_str().ok()?.parse().ok());
+        let mut span = self.tracer.span(Kind::Client, "request", parent);
+        if span.is_recording() {
+            span.attr("http.request.method", request.method());
+            span.attr("tombolo.service", &route.service);
+            span.attr_int("server.port", route.port.into());
+        }
+        span
+    }
+
+    /// Tries until there is an answer or no further try is right.
+    async fn try_all(
+        self: &Arc<Self>,
+        route: &Arc<Route>,
+        outgoing: &Outgoing,
+        trace: Option<TraceParent>,
+    ) -> Result<Answered, Refused> {
+        let mut tried: Vec<EndpointKey> = Vec::new();
+        let mut number = 1;
+        let mut deadline = self.deadline(1, outgoing.began, Instant::now())?;
+        loop {
+            let (target, pick) = route.pick(&tried).ok_or_else(|| no_endpoint(route))?;
+            if number > 1 && matches!(pick.reason, PickReason::Again | PickReason::LastResort) {
+                tokio::time::sleep(PAUSE * (1 << (number - 2).min(6))).await;
+            }
+            let flight = Flight::begin(target.clone());
+            let result = within(deadline, self.try_once(&target, outgoing, trace)).await;
+            let failure = match result {
+                Ok((response, leg, after)) => {
+                    let outcome = if is_gateway_error(response.status()) {
+                        Outcome::GatewayError { after }
+                    } else {
+                        Outcome::Answered { after }
+                    };
+                    route.handle_outcome(&target, outcome, Instant::now());
+                    if tried.first().is_some_and(|first| first.cluster != target.key.cluster) {
+                        self.observed.failovers.inc();
+                    }
+                    return Ok(Answered { response, flight, leg, pick, tries: number });
+                }
+                Err(failure) => failure,
+            };
+            drop(flight);
+            let now = Instant::now();
+            if let Some(outcome) = failure.outcome {
+                route.handle_outcome(&target, outcome, now);
+            }
+            tracing::debug!(service = %route.service, target = ?target.key, progress = ?failure.progress, refused = %failure.refused, "try failed");
+            match retry::judge(failure.progress, outgoing.idempotent, outgoing.body.state()) {
+                Verdict::Free => {}
+                Verdict::Budgeted if route.may_retry(now) => {}
+                Verdict::Budgeted | Verdict::No(_) => return Err(failure.refused),
+            }
+            number += 1;
+            deadline = match self.deadline(number, outgoing.began, now) {
+                Ok(deadline) => deadline,
+                Err(_) => return Err(failure.refused),
+            };
+            self.observed.retried(failure.progress);
+            remember(route, &mut tried, &target, failure.blame);
+        }
+    }
+
+    pub(super) fn deadline(&self, number: u32, began: Instant, now: Instant) -> Result<Option<Instant>, Refused> {
+        self.schedule.deadline(number, began, now).map_err(|exhausted| match exhausted {
+            Exhausted::Time => Refused::new(Refusal::Timeout, exhausted.to_string()),
+            Exhausted::Tries => Refused::new(Refusal::ConnectionLost, exhausted.to_string()),
+        })
+    }
+
+    /// One try: a leg, the request, the head of the response and how long it took.
+    async fn try_once(
+        self: &Arc<Self>,
+        target: &Arc<Target>,
+        outgoing: &Outgoing,
+        trace: Option<TraceParent>,
+    ) -> Result<(Response<RecvBody>, HttpLeg, Duration), Failure> {
+        let mut closed = 0;
+        loop {
+            let leg = self.dialer.shared(target, trace).await.map_err(not_sent)?;
+            let sent = Instant::now();
+            let _waiting = Waiting::begin(target, sent);
+            let request = Request::from_parts(outgoing.head.clone(), outgoing.body.attempt());
+            let error = tokio::select! {
+                biased;
+                result = leg.send(request) => match result {
+                    Ok(response) => return Ok((response, leg, sent.elapsed())),
+                    Err(error) => error.kind,
+                },
+                () = leg.suspect(), if outgoing.idempotent => SendErrorKind::Stream(StreamError::Lost("the leg is silent".into())),
+            };
+            if matches!(error, SendErrorKind::Closed) && closed < CLOSED_LEGS_MAX {
+                closed += 1;
+                continue;
+            }
+            return Err(send_failed(error, target));
+        }
+    }
+}
+
+/// Bounds one try by its deadline. What had become of it then is not known, so it counts as sent.
+async fn within<T>(deadline: Option<Instant>, attempt: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let Some(deadline) = deadline else { return attempt.await };
+    match tokio::time::timeout_at(deadline.into(), attempt).await {
+        Ok(result) => result,
+        Err(_) => Err(Failure {
+            progress: Progress::Sent,
+            refused: Refused::new(Refusal::Timeout, "no response began in time"),
+            outcome: Some(Outcome::Failed),
+            blame: Blame::Endpoint,
+        }),
+    }
+}
+
+pub(super) fn not_sent(failure: LegFailure) -> Failure {
+    let outcome = match failure.blame {
+        Blame::Endpoint => Some(Outcome::Refused),
+        Blame::Way => Some(Outcome::Failed),
+        Blame::Here => None,
+    };
+    Failure { progress: Progress::NotSent, refused: failure.refused, outcome, blame: failure.blame }
+}
+
+fn send_failed(error: SendErrorKind, target: &Target) -> Failure {
+    let detail = format!("endpoint {} in {}: {error}", target.key.endpoint, target.key.cluster);
+    let (progress, refusal, outcome) = match error {
+        SendErrorKind::Closed => (Progress::NotSent, Refusal::ConnectionLost, None),
+        // No other endpoint would take it either.
+        SendErrorKind::Unsendable(_) | SendErrorKind::Body(_) => (Progress::ResponseBegun, Refusal::BadRequest, None),
+        SendErrorKind::Stream(StreamError::Refused) => {
+            (Progress::Refused, Refusal::AppUnreachable, Some(Outcome::Refused))
+        }
+        SendErrorKind::Stream(StreamError::Reset(_) | StreamError::Lost(_)) => {
+            (Progress::Sent, Refusal::ConnectionLost, Some(Outcome::Failed))
+        }
+    };
+    Failure { progress, refused: Refused::new(refusal, detail), outcome, blame: Blame::Endpoint }
+}
+
+/// Endpoints that the next try need not meet: this one, or all of its cluster if there is no way to it.
+pub(super) fn remember(route: &Route, tried: &mut Vec<EndpointKey>, target: &Target, blame: Blame) {
+    match blame {
+        Blame::Endpoint => tried.push(target.key.clone()),
+        Blame::Way | Blame::Here => {
+            let live = route.live();
+            let same = live.plan.endpoints.iter().filter(|endpoint| endpoint.key.cluster == target.key.cluster);
+            tried.extend(same.map(|endpoint| endpoint.key.clone()));
+        }
+    }
+}
+
+pub(super) fn no_endpoint(route: &Route) -> Refused {
+    Refused::new(Refusal::NoEndpoint, format!("{} port {} has no endpoint in any cluster", route.service, route.port))
+}
+
+fn is_gateway_error(status: StatusCode) -> bool {
+    matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+}
+
+fn is_plain_connect<B: Body>(request: &Request<B>) -> bool {
+    request.method() == Method::CONNECT && request.extensions().get::<hyper::ext::Protocol>().is_none()
+}
+
+/// Whether a refusal of this request needs to look at its headers.
+fn grpc_or_explained(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
+fn describe(span: &mut Span, answered: &Answered) {
+    if !span.is_recording() {
+        return;
+    }
+    span.attr_int("http.response.status_code", answered.response.status().as_u16().into());
+    explain::describe(span, &answered.flight.target, answered.leg.crossing(), answered.leg.server_id());
+    span.attr_int("tombolo.tries", answered.tries.into());
+}

@@ -1,0 +1,99 @@
+//! The outbound side: the application's calls, carried to an endpoint of the service that they name.
+//!
+//! - [`listener`] accepts connections; [`http`] carries requests, [`tunnel`] opaque bytes.
+//! - [`services`] knows the services in use, [`route`] picks an endpoint of one port and learns from how
+//!   tries end (decisions in `tombolo_core::{routing, outlier, retry}`).
+//! - [`dial`] makes legs through [`gateways`], [`pool`] shares them, [`upkeep`] tends all of it.
+//!
+//! The names that are accepted, CONNECT included, are `<service>.<namespace>.svc.clusterset.local[:port]`.
+//! CONNECT always carries opaque bytes, to an HTTP port too: what runs inside is not ours to read.
+
+mod body;
+pub mod dial;
+mod explain;
+pub mod gateways;
+pub mod http;
+pub mod listener;
+pub mod name;
+pub mod observe;
+pub mod pool;
+pub mod refuse;
+pub mod replay;
+pub mod route;
+pub mod services;
+mod switch;
+pub mod tunnel;
+pub mod upkeep;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tombolo_core::outlier::OutlierConfig;
+use tombolo_core::retry::Schedule;
+use tombolo_runtime::drain::DrainWatch;
+use tombolo_runtime::process::Process;
+use tombolo_runtime::telemetry::Tracer;
+use tombolo_trust::store::TrustStore;
+use tombolo_trust::svid::SvidSource;
+
+use crate::config::Config;
+use dial::LegDialer;
+use gateways::Gateways;
+use observe::Observed;
+use pool::PoolLimits;
+use route::Surroundings;
+use services::{ServiceLimits, ServiceSource, Services};
+
+/// Everything that the outbound listeners share.
+pub struct Outbound {
+    pub services: Services,
+    pub dialer: Arc<LegDialer>,
+    pub gateways: Gateways,
+    schedule: Schedule,
+    observed: Observed,
+    tracer: Tracer,
+    drain: DrainWatch,
+    connections_max: usize,
+    connect_timeout: Duration,
+}
+
+impl Outbound {
+    pub fn new(
+        config: &Config,
+        process: &Process,
+        svid: &SvidSource,
+        trust: &TrustStore,
+        source: Box<dyn ServiceSource>,
+    ) -> Arc<Self> {
+        let (limits, retry) = (&config.limits, &config.retry);
+        let observed = Observed::new(&process.metrics);
+        let gateways = Gateways::default();
+        let pool = PoolLimits {
+            requests_per_leg: limits.requests_per_leg as usize,
+            legs: limits.legs_per_endpoint,
+            idle: limits.leg_idle,
+        };
+        let around = Surroundings {
+            gateways: gateways.clone(),
+            observed: observed.clone(),
+            pool,
+            outlier: OutlierConfig::default(),
+            retry_share: retry.budget,
+            base: Instant::now(),
+        };
+        let service_limits =
+            ServiceLimits { services: limits.services, wait: limits.discovery_wait, idle: limits.service_idle };
+        let dialer = LegDialer::new(svid, trust, gateways.clone(), limits.connect_timeout, observed.clone());
+        Arc::new(Self {
+            services: Services::new(source, around, service_limits),
+            dialer: Arc::new(dialer),
+            gateways,
+            schedule: Schedule { tries: retry.tries, per_try: retry.per_try_timeout, total: retry.deadline },
+            observed,
+            tracer: process.tracer.clone(),
+            drain: process.drain.clone(),
+            connect_timeout: limits.connect_timeout,
+            connections_max: limits.connections,
+        })
+    }
+}

@@ -1,0 +1,136 @@
+//! The metrics of the outbound side.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tombolo_core::outlier::EjectReason;
+use tombolo_core::refusal::Refusal;
+use tombolo_core::routing::EndpointKey;
+use tombolo_runtime::metrics::prometheus_client::encoding::EncodeLabelSet;
+use tombolo_runtime::metrics::prometheus_client::metrics::counter::Counter;
+use tombolo_runtime::metrics::prometheus_client::metrics::family::Family;
+use tombolo_runtime::metrics::prometheus_client::metrics::gauge::Gauge;
+use tombolo_runtime::metrics::{Metrics, Refusals};
+
+/// Counters of everything that leaves this sidecar.
+#[derive(Clone)]
+pub struct Observed {
+    pub refusals: Refusals,
+    requests: Family<RequestLabels, Counter>,
+    retries: Family<RetryLabels, Counter>,
+    ejections: Family<EjectionLabels, Counter>,
+    /// Requests that were answered by another cluster than the one that was tried first.
+    pub failovers: Counter,
+    pub connections: Gauge,
+    pub legs: Gauge,
+    pub dials: Counter,
+    pub opaque: Gauge,
+    targets: Arc<Mutex<HashMap<(String, String), TargetCounters>>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    service: String,
+    cluster: String,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RetryLabels {
+    after: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EjectionLabels {
+    reason: &'static str,
+}
+
+/// The counters of one service in one cluster, looked up once and not for each request.
+#[derive(Debug, Clone)]
+pub struct TargetCounters {
+    pub answered: Counter,
+    pub gateway_errors: Counter,
+    pub failed: Counter,
+    pub refused: Counter,
+}
+
+impl Observed {
+    pub fn new(metrics: &Metrics) -> Self {
+        Self {
+            refusals: metrics.refusals("sidecar-outbound"),
+            requests: metrics.counters(
+                "tombolo_outbound_requests",
+                "Tries of outbound requests and connections, by service, cluster and outcome",
+            ),
+            retries: metrics
+                .counters("tombolo_outbound_retries", "Second tries, by how far the try before them had come"),
+            ejections: metrics.counters("tombolo_outbound_ejections", "Endpoints ejected because requests failed"),
+            failovers: metrics.counter(
+                "tombolo_outbound_failovers",
+                "Requests answered by another cluster than the one that was tried first",
+            ),
+            connections: metrics.gauge("tombolo_outbound_connections", "Connections of the application"),
+            legs: metrics.gauge("tombolo_outbound_legs", "Inner legs that carry requests"),
+            dials: metrics.counter("tombolo_outbound_dials", "Inner legs dialled"),
+            opaque: metrics.gauge("tombolo_outbound_opaque_connections", "Connections carried as opaque bytes"),
+            targets: Arc::default(),
+        }
+    }
+
+    pub fn target(&self, service: &str, key: &EndpointKey) -> TargetCounters {
+        let place = (service.to_owned(), key.cluster.to_string());
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        let counter = |outcome| {
+            let (service, cluster) = place.clone();
+            self.requests.get_or_create_owned(&RequestLabels { service, cluster, outcome })
+        };
+        let make = || TargetCounters {
+            answered: counter("answered"),
+            gateway_errors: counter("gateway-error"),
+            failed: counter("failed"),
+            refused: counter("refused"),
+        };
+        targets.entry(place.clone()).or_insert_with(make).clone()
+    }
+
+    pub fn retried(&self, after: tombolo_core::retry::Progress) {
+        use tombolo_core::retry::Progress;
+        let after = match after {
+            Progress::NotSent => "not-sent",
+            Progress::Refused => "refused",
+            Progress::Sent => "sent",
+            Progress::ResponseBegun => "response-begun",
+        };
+        self.retries.get_or_create_owned(&RetryLabels { after }).inc();
+    }
+
+    pub fn ejected(&self, reason: EjectReason) {
+        let reason = match reason {
+            EjectReason::Failures => "failures",
+            EjectReason::GatewayErrors => "gateway-errors",
+            EjectReason::Refused => "refused",
+            EjectReason::Hung => "hung",
+        };
+        self.ejections.get_or_create_owned(&EjectionLabels { reason }).inc();
+    }
+
+    pub fn refused(&self, refusal: Refusal) {
+        self.refusals.inc(refusal);
+    }
+}
+
+/// Adds one to a gauge for as long as it lives.
+pub struct Counted(Gauge);
+
+impl Counted {
+    pub fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}

@@ -1,0 +1,211 @@
+//! Opaque bytes: CONNECT, and the listeners of ports that are not HTTP. One connection takes one leg; the
+//! endpoint is chosen, and another one tried, before the first byte of the application is read.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tombolo_core::outlier::Outcome;
+use tombolo_core::refusal::Refusal;
+use tombolo_core::retry::{self, BodyState, Progress, Verdict};
+use tombolo_core::routing::{EndpointKey, PickReason};
+use tombolo_core::trace::TraceParent;
+use tombolo_leg::Alpn;
+use tombolo_leg::dial::Leg;
+use tombolo_leg::opaque::{self, CopyEnd, Open};
+use tombolo_runtime::telemetry::{Kind, Span};
+
+use super::body::ResponseBody;
+use super::http::{Caller, Failure, no_endpoint, not_sent, remember};
+use super::observe::Counted;
+use super::refuse::Refused;
+use super::route::{Flight, Route, Target};
+use super::{Outbound, dial::Blame, explain};
+
+/// A leg whose far application has accepted.
+pub struct Opened {
+    leg: Leg,
+    flight: Flight,
+}
+
+/// Answers CONNECT: 200 only when the far application has accepted.
+pub async fn connect(
+    outbound: &Arc<Outbound>,
+    mut request: Request<Incoming>,
+    route: &Arc<Route>,
+    caller: &Caller,
+    mut span: Span,
+) -> Result<Response<ResponseBody>, Refused> {
+    let opened = open(outbound, route, caller, span.context()).await.inspect_err(|refused| span.error(refused))?;
+    describe(&mut span, &opened);
+    let on_upgrade = hyper::upgrade::on(&mut request);
+    let outbound = outbound.clone();
+    let work = outbound.drain.track();
+    tokio::spawn(async move {
+        let _held = (work, span);
+        let Ok(upgraded) = on_upgrade.await else { return };
+        match upgraded.downcast::<TokioIo<TcpStream>>() {
+            Ok(parts) => carry(&outbound, opened, parts.io.into_inner(), &parts.read_buf).await,
+            // A stream of an HTTP/2 connection: its end is a close, whatever happened.
+            Err(upgraded) => carry_stream(&outbound, opened, TokioIo::new(upgraded)).await,
+        }
+    });
+    Ok(Response::new(ResponseBody::Own(Full::default())))
+}
+
+/// Carries a connection that came in on a listener of its own.
+pub async fn forward(outbound: &Arc<Outbound>, connection: TcpStream, route: &Arc<Route>, caller: &Caller) {
+    route.begin(Instant::now());
+    let mut span = outbound.tracer.span(Kind::Client, "connection", None);
+    if span.is_recording() {
+        span.attr("tombolo.service", &route.service);
+        span.attr_int("server.port", route.port.into());
+    }
+    match open(outbound, route, caller, span.context()).await {
+        Ok(opened) => {
+            describe(&mut span, &opened);
+            carry(outbound, opened, connection, &Bytes::new()).await;
+        }
+        Err(refused) => {
+            span.error(&refused);
+            refuse(outbound, connection, caller, &refused);
+        }
+    }
+}
+
+/// Opaque bytes have no place for an answer: a reset tells the application that this is no orderly end.
+pub fn refuse(outbound: &Outbound, connection: TcpStream, caller: &Caller, refused: &Refused) {
+    outbound.observed.refused(refused.refusal);
+    tracing::info!(caller = %caller.address, refusal = refused.refusal.code(), detail = %refused.detail, "connection refused");
+    opaque::reset(connection);
+}
+
+fn describe(span: &mut Span, opened: &Opened) {
+    if span.is_recording() {
+        explain::describe(span, &opened.flight.target, &opened.leg.crossing, &opened.leg.server_id);
+    }
+}
+
+/// Opens a leg, trying other endpoints where one refuses. Nothing of the application is at stake yet, so
+/// every failure is safe to repeat.
+pub async fn open(
+    outbound: &Arc<Outbound>,
+    route: &Arc<Route>,
+    caller: &Caller,
+    trace: Option<TraceParent>,
+) -> Result<Opened, Refused> {
+    let began = Instant::now();
+    let mut tried: Vec<EndpointKey> = Vec::new();
+    let mut number = 1;
+    loop {
+        outbound.deadline(number, began, Instant::now())?;
+        let (target, pick) = route.pick(&tried).ok_or_else(|| no_endpoint(route))?;
+        if number > 1 && matches!(pick.reason, PickReason::Again | PickReason::LastResort) {
+            tokio::time::sleep(super::http::PAUSE * (1 << (number - 2).min(6))).await;
+        }
+        let flight = Flight::begin(target.clone());
+        let tried_at = Instant::now();
+        let failure = match open_once(outbound, &target, caller, trace).await {
+            Ok(leg) => {
+                route.handle_outcome(&target, Outcome::Answered { after: tried_at.elapsed() }, Instant::now());
+                if tried.first().is_some_and(|first| first.cluster != target.key.cluster) {
+                    outbound.observed.failovers.inc();
+                }
+                return Ok(Opened { leg, flight });
+            }
+            Err(failure) => failure,
+        };
+        if let Some(outcome) = failure.outcome {
+            route.handle_outcome(&target, outcome, Instant::now());
+        }
+        tracing::debug!(service = %route.service, target = ?target.key, refused = %failure.refused, "opening failed");
+        let verdict = retry::judge(failure.progress, true, BodyState::Replayable);
+        number += 1;
+        if number > outbound.schedule.tries || matches!(verdict, Verdict::No(_)) {
+            return Err(failure.refused);
+        }
+        outbound.observed.retried(failure.progress);
+        remember(route, &mut tried, &target, failure.blame);
+    }
+}
+
+async fn open_once(
+    outbound: &Arc<Outbound>,
+    target: &Arc<Target>,
+    caller: &Caller,
+    trace: Option<TraceParent>,
+) -> Result<Leg, Failure> {
+    let mut leg = outbound.dialer.dial(target, Alpn::Tcp, trace).await.map_err(not_sent)?.leg;
+    let message = Open { port: target.port, client_address: Some(caller.address), trace, tracestate: None };
+    let answer = tokio::time::timeout(outbound.connect_timeout, opaque::open(&mut leg.stream, &message)).await;
+    let (refusal, detail) = match answer {
+        Ok(Ok(())) => return Ok(leg),
+        Ok(Err(error)) => (error.refusal, error.detail),
+        Err(_) => (Refusal::Timeout, "the far sidecar did not answer in time".to_owned()),
+    };
+    let detail = format!("endpoint {} in {}: {detail}", target.key.endpoint, target.key.cluster);
+    let outcome = match refusal {
+        // It is this caller that is not wanted; the endpoint is well.
+        Refusal::IdentityDenied | Refusal::NotExported | Refusal::Revoked => None,
+        _ => Some(Outcome::Refused),
+    };
+    Err(Failure {
+        progress: Progress::NotSent,
+        refused: Refused::new(refusal, detail),
+        outcome,
+        blame: Blame::Endpoint,
+    })
+}
+
+/// Copies until both sides are done; a reset of one becomes a reset of the other.
+async fn carry(outbound: &Outbound, opened: Opened, mut connection: TcpStream, early: &Bytes) {
+    let Opened { mut leg, flight } = opened;
+    let _held = (flight, Counted::new(&outbound.observed.opaque));
+    // What the caller sent behind its CONNECT was read with it.
+    if !early.is_empty() && leg.stream.write_all(early).await.is_err() {
+        return opaque::reset(connection);
+    }
+    let end = tokio::select! {
+        ended = opaque::copy_both(&mut leg.stream, &mut connection) => Some(ended.end),
+        refusal = leg.credentials.refused(outbound.dialer.trust()) => {
+            tracing::info!(server = %leg.server_id, %refusal, "connection closed: its server is no longer trusted");
+            outbound.observed.refused(refusal);
+            None
+        }
+        () = outbound.drain.stopped() => None,
+    };
+    match end {
+        Some(CopyEnd::Closed) => {}
+        Some(CopyEnd::LegReset(error)) => {
+            tracing::debug!(%error, "the leg of a connection was reset");
+            opaque::reset(connection);
+        }
+        Some(CopyEnd::AppReset(_)) => opaque::reset(leg.stream.into_inner().0),
+        None => {
+            opaque::reset(connection);
+            opaque::reset(leg.stream.into_inner().0);
+        }
+    }
+}
+
+async fn carry_stream(outbound: &Outbound, opened: Opened, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+    let Opened { mut leg, flight } = opened;
+    let _held = (flight, Counted::new(&outbound.observed.opaque));
+    let end = tokio::select! {
+        ended = opaque::copy_both(&mut leg.stream, &mut stream) => Some(ended.end),
+        refusal = leg.credentials.refused(outbound.dialer.trust()) => {
+            outbound.observed.refused(refusal);
+            None
+        }
+        () = outbound.drain.stopped() => None,
+    };
+    if !matches!(end, Some(CopyEnd::Closed)) {
+        opaque::reset(leg.stream.into_inner().0);
+    }
+}
