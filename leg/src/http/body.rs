@@ -8,6 +8,7 @@ use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream, SendStream};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
+use tombolo_core::refusal::Refusal;
 
 use super::BoxError;
 use super::client::StreamGuard;
@@ -20,6 +21,9 @@ pub enum StreamError {
     Refused,
     #[error("the stream was reset by its other end: {0}")]
     Reset(Reason),
+    /// The far end's TLS did not accept this end's certificate, so no request was read.
+    #[error("the far end refused this identity: {0}")]
+    Denied(Refusal),
     #[error("the leg was lost: {0}")]
     Lost(String),
 }
