@@ -82,8 +82,10 @@ impl Body for RecvBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, StreamError>>> {
         let this = &mut *self;
         let Some(stream) = this.stream.as_mut() else { return Poll::Ready(None) };
-        if !this.data_done {
+        while !this.data_done {
             match ready!(stream.poll_data(cx)) {
+                // The end of a stream may come as a DATA frame without octets.
+                Some(Ok(data)) if data.is_empty() => {}
                 Some(Ok(data)) => {
                     // Fails only on a stream that is gone, which the next poll says better.
                     let _ = stream.flow_control().release_capacity(data.len());

@@ -295,14 +295,12 @@ enum Answer {
 
 /// Informational responses other than 100 are passed over.
 fn poll_answer(response: &mut ResponseFuture, held: bool, cx: &mut Context<'_>) -> Poll<Answer> {
-    while held {
-        match response.poll_informational(cx) {
-            Poll::Ready(Some(Ok(interim))) if interim.status() == StatusCode::CONTINUE => {
+    if held {
+        // Polled until it is pending, so that the next one wakes this task.
+        while let Poll::Ready(Some(Ok(interim))) = response.poll_informational(cx) {
+            if interim.status() == StatusCode::CONTINUE {
                 return Poll::Ready(Answer::Asked);
             }
-            Poll::Ready(Some(Ok(_))) => {}
-            // The response itself says what happened.
-            Poll::Ready(Some(Err(_)) | None) | Poll::Pending => break,
         }
     }
     Pin::new(response).poll(cx).map(Answer::Head)
