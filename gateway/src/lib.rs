@@ -1,1 +1,20 @@
+//! The east-west gateway: QUIC tunnels to the gateways of other clusters, and legs routed by the SNI of
+//! their ClientHello. It holds no workload's key and decrypts nothing.
 
+pub mod config;
+pub mod copy;
+pub mod delivery;
+pub mod gateway;
+pub mod ingress;
+pub mod meters;
+pub mod peering;
+mod reports;
+mod run;
+pub mod snapshot;
+pub mod sources;
+pub mod stalls;
+pub mod tunnel;
+pub mod watch;
+
+pub use config::Config;
+pub use run::run;

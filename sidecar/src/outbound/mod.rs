@@ -21,7 +21,6 @@ pub mod refuse;
 pub mod replay;
 pub mod route;
 pub mod services;
-mod state;
 mod switch;
 pub mod tunnel;
 pub mod upkeep;

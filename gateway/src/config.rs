@@ -1,0 +1,310 @@
+//! The gateway's configuration: one YAML file, parsed once.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use tombolo_core::id::GatewayId;
+use tombolo_runtime::config::{Problem, Validate};
+use tombolo_runtime::logging::LogConfig;
+use tombolo_runtime::telemetry::TelemetryConfig;
+
+/// Everything a gateway is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    /// Stable over restarts; the instance in the gateway's identity.
+    pub id: GatewayId,
+    pub federation: FederationConfig,
+    /// File with the join token. Not needed once an identity is in `state`.
+    pub join: Option<PathBuf>,
+    /// Directory for the identity and the keys of the tunnel's socket.
+    pub state: PathBuf,
+    /// UDP address of the tunnels.
+    #[serde(default = "default_tunnel")]
+    pub tunnel: SocketAddr,
+    /// host:port at which peers can dial `tunnel`, with port 0 for the port that it is bound to; empty when they
+    /// can't dial it.
+    #[serde(default)]
+    pub advertise: Vec<String>,
+    /// TCP address where this cluster's sidecars bring legs.
+    #[serde(default = "default_ingress")]
+    pub ingress: SocketAddr,
+    /// gRPC address that tells sidecars which clusters are reachable.
+    #[serde(default = "default_watch")]
+    pub watch: SocketAddr,
+    /// Sources that may put a PROXY header in front of a leg.
+    #[serde(default = "default_proxy_sources")]
+    pub proxy_sources: Vec<SourceRange>,
+    #[serde(default)]
+    pub congestion: Congestion,
+    #[serde(default)]
+    pub limits: LimitsConfig,
+    #[serde(default = "default_admin")]
+    pub admin: SocketAddr,
+    #[serde(default)]
+    pub telemetry: TelemetryConfig,
+    #[serde(default)]
+    pub log: LogConfig,
+    #[serde(with = "humantime_serde", default = "default_drain_deadline")]
+    pub drain_deadline: Duration,
+}
+
+/// How to reach this cluster's federation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct FederationConfig {
+    /// host:port of its discovery and identity service.
+    pub address: String,
+    /// The cluster's root certificate (PEM), which pins the federation.
+    pub ca: PathBuf,
+}
+
+/// Congestion control of the tunnels. Loss-based control starves on a path that loses one packet in a
+/// hundred, so the default is rate-based.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Congestion {
+    #[default]
+    Bbr,
+    Cubic,
+}
+
+/// Bounds of what callers and peers can make a gateway hold.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// Legs of this process.
+    pub legs: u32,
+    /// Legs that one tunnel connection may carry in each direction.
+    pub legs_per_tunnel: u32,
+    /// Legs of one source address whose way is not open yet.
+    pub unfinished_legs_per_source: u32,
+    /// New legs a second of one source address; twice as many at once.
+    pub new_legs_per_second_per_source: u32,
+    /// Octets that wait for one receiver.
+    pub stream_window: u32,
+    /// Octets sent on one tunnel connection that are not acknowledged yet.
+    pub send_window: u64,
+    /// Octets that wait for receivers which have stopped reading, in the whole process.
+    pub stalled: u64,
+    /// Handshakes on the tunnel port that are under way.
+    pub handshakes: u32,
+    /// Peering attempts that are under way.
+    pub peerings: u32,
+    /// Tunnel connections with one peer; the oldest ones end above it.
+    pub connections_per_peer: u32,
+    /// Sidecars that watch this gateway.
+    pub watchers: u32,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            legs: 20_000,
+            legs_per_tunnel: 8_192,
+            unfinished_legs_per_source: 4_096,
+            new_legs_per_second_per_source: 20_000,
+            stream_window: 384 * 1024,
+            send_window: 64 * 1024 * 1024,
+            stalled: 96 * 1024 * 1024,
+            handshakes: 256,
+            peerings: 16,
+            connections_per_peer: 32,
+            watchers: 10_000,
+        }
+    }
+}
+
+fn default_tunnel() -> SocketAddr {
+    SocketAddr::from(([0, 0, 0, 0], 15443))
+}
+
+fn default_ingress() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 15443))
+}
+
+fn default_watch() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 15012))
+}
+
+fn default_admin() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 15020))
+}
+
+fn default_drain_deadline() -> Duration {
+    Duration::from_secs(30)
+}
+
+fn default_proxy_sources() -> Vec<SourceRange> {
+    ["127.0.0.0/8", "::1/128"].map(|text| text.parse().expect("a constant valid range")).into()
+}
+
+impl Validate for Config {
+    fn validate(&self) -> Vec<Problem> {
+        let mut problems = self.log.problems("log");
+        problems.extend(self.telemetry.problems("telemetry"));
+        if !is_host_port(&self.federation.address) {
+            problems.push(Problem::new("federation.address", "write host:port"));
+        }
+        for (number, address) in self.advertise.iter().enumerate() {
+            // Port 0 stands for the port that `tunnel` was bound to.
+            if !is_host_port(address) && address.strip_suffix(":0").is_none_or(str::is_empty) {
+                problems.push(Problem::new(format!("advertise[{number}]"), "write host:port"));
+            }
+        }
+        problems.extend(self.limits.problems());
+        problems
+    }
+}
+
+impl LimitsConfig {
+    fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut at_least = |field: &str, value: u64, least: u64| {
+            if value < least {
+                problems.push(Problem::new(format!("limits.{field}"), format!("at least {least}")));
+            }
+        };
+        at_least("legs", self.legs.into(), 1);
+        at_least("legsPerTunnel", self.legs_per_tunnel.into(), 1);
+        at_least("unfinishedLegsPerSource", self.unfinished_legs_per_source.into(), 1);
+        at_least("newLegsPerSecondPerSource", self.new_legs_per_second_per_source.into(), 1);
+        at_least("streamWindow", self.stream_window.into(), 16 * 1024);
+        at_least("sendWindow", self.send_window, self.stream_window.into());
+        at_least("stalled", self.stalled, self.stream_window.into());
+        at_least("handshakes", self.handshakes.into(), 1);
+        at_least("peerings", self.peerings.into(), 1);
+        at_least("connectionsPerPeer", self.connections_per_peer.into(), 2);
+        at_least("watchers", self.watchers.into(), 1);
+        // quinn closes a connection with more than 1,024 gaps in one stream: about 2.9 MB of packets.
+        if self.stream_window > 2 * 1024 * 1024 {
+            problems.push(Problem::new("limits.streamWindow", "at most 2097152"));
+        }
+        if self.legs_per_tunnel > 100_000 {
+            problems.push(Problem::new("limits.legsPerTunnel", "at most 100000"));
+        }
+        problems
+    }
+}
+
+fn is_host_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else { return false };
+    !host.is_empty() && !host.contains(char::is_whitespace) && port.parse::<u16>().is_ok_and(|port| port != 0)
+}
+
+/// Addresses by prefix, written `10.0.0.0/8`; a bare address names itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SourceRange {
+    base: IpAddr,
+    prefix: u32,
+}
+
+impl SourceRange {
+    pub fn contains(&self, address: IpAddr) -> bool {
+        match (self.base, address.to_canonical()) {
+            (IpAddr::V4(base), IpAddr::V4(address)) => {
+                same_prefix(base.to_bits().into(), address.to_bits().into(), 32 - self.prefix)
+            }
+            (IpAddr::V6(base), IpAddr::V6(address)) => {
+                same_prefix(base.to_bits(), address.to_bits(), 128 - self.prefix)
+            }
+            _ => false,
+        }
+    }
+}
+
+fn same_prefix(one: u128, other: u128, ignored: u32) -> bool {
+    (one ^ other).checked_shr(ignored).unwrap_or(0) == 0
+}
+
+impl FromStr for SourceRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refuse = || format!("{text:?} is no address range: write 10.0.0.0/8, fd00::/8 or one address");
+        let (base, prefix) = match text.split_once('/') {
+            Some((base, prefix)) => (base, Some(prefix)),
+            None => (text, None),
+        };
+        let base: IpAddr = base.parse().map_err(|_| refuse())?;
+        let longest = if base.is_ipv4() { 32 } else { 128 };
+        let prefix = prefix.map_or(Ok(longest), str::parse).map_err(|_| refuse())?;
+        if prefix > longest { Err(refuse()) } else { Ok(Self { base, prefix }) }
+    }
+}
+
+impl fmt::Display for SourceRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.base, self.prefix)
+    }
+}
+
+impl Serialize for SourceRange {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for SourceRange {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::path::Path;
+
+    const SMALLEST: &str = "id: gw-1\nfederation:\n  address: fed:15010\n  ca: /ca.pem\nstate: /state\n";
+
+    fn parse(text: &str) -> Result<Config, String> {
+        tombolo_runtime::config::parse(text, Path::new("gateway.yaml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_smallest_file_is_enough() {
+        let config = parse(SMALLEST).unwrap();
+        assert_eq!(config.tunnel, "0.0.0.0:15443".parse().unwrap());
+        assert_eq!(config.ingress, "127.0.0.1:15443".parse().unwrap());
+        assert_eq!(config.congestion, Congestion::Bbr);
+        assert!(config.advertise.is_empty());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (more, part) in [
+            ("tunel: 1.2.3.4:5\n", "tunel"),
+            ("advertise: [nowhere]\n", "advertise[0]"),
+            ("limits:\n  streamWindow: 3000000\n", "limits.streamWindow"),
+            ("limits:\n  stalled: 1\n", "limits.stalled"),
+            ("congestion: reno\n", "reno"),
+            ("proxySources: [10.0.0.0/33]\n", "10.0.0.0/33"),
+        ] {
+            let error = parse(&format!("{SMALLEST}{more}")).unwrap_err();
+            assert!(error.contains(part), "{more}: {error}");
+        }
+    }
+
+    #[test]
+    fn ranges_hold_what_they_name() {
+        for (range, address, holds) in [
+            ("10.0.0.0/8", "10.255.0.1", true),
+            ("10.0.0.0/8", "11.0.0.1", false),
+            ("10.0.0.0/8", "::ffff:10.0.0.1", true),
+            ("0.0.0.0/0", "192.0.2.1", true),
+            ("0.0.0.0/0", "2001:db8::1", false),
+            ("::/0", "2001:db8::1", true),
+            ("192.0.2.1", "192.0.2.1", true),
+            ("192.0.2.1", "192.0.2.2", false),
+        ] {
+            let range: SourceRange = range.parse().unwrap();
+            assert_eq!(range.contains(address.parse().unwrap()), holds, "{range} {address}");
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Carries the bytes of one leg between a TCP connection and a stream of the tunnel, both ways at once.
+//!
+//! A half-close is carried as a half-close and a reset as a reset. An idle leg holds no buffer: memory
+//! is taken when bytes are there, in the size that the leg has lately filled.
+
+use std::io::{self, IoSlice};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes, BytesMut};
+use quinn::{ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError};
+use tokio::net::TcpStream;
+
+use crate::meters::Meters;
+use crate::stalls::{STALLED_AFTER, Stalls};
+
+/// Codes of a stream's RESET_STREAM and STOP_SENDING frames.
+pub mod stream_code {
+    use quinn::VarInt;
+
+    /// The far end of the leg was reset or is gone.
+    pub const RESET: VarInt = VarInt::from_u32(1);
+    /// The leg was stalled and its memory was needed.
+    pub const STALLED: VarInt = VarInt::from_u32(2);
+    /// The stream was refused; the reason was sent as its answer where that was possible.
+    pub const REFUSED: VarInt = VarInt::from_u32(3);
+}
+
+/// Size of the buffers for bytes from TCP: grows while they are filled, shrinks while they are not.
+const READ_MIN: usize = 2 * 1024;
+const READ_MAX: usize = 64 * 1024;
+
+/// Chunks of a stream that are handed to the kernel in one call; about one packet each.
+const CHUNKS_MAX: usize = 32;
+
+/// How a leg ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LegEnd {
+    /// Both directions were closed in order.
+    Closed,
+    /// The TCP side was reset or failed.
+    TcpReset,
+    /// The stream was reset or stopped by the far gateway.
+    StreamReset,
+    /// The tunnel is gone.
+    TunnelLost,
+    /// The receiver had stopped reading, and the memory budget was used up.
+    Stalled,
+    /// The server said nothing in time.
+    Silent,
+}
+
+impl LegEnd {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LegEnd::Closed => "closed",
+            LegEnd::TcpReset => "tcp-reset",
+            LegEnd::StreamReset => "stream-reset",
+            LegEnd::TunnelLost => "tunnel-lost",
+            LegEnd::Stalled => "stalled",
+            LegEnd::Silent => "silent",
+        }
+    }
+}
+
+/// What the two directions of one leg share.
+pub struct Pumps<'a> {
+    pub tcp: &'a TcpStream,
+    pub meters: &'a Meters,
+    pub stalls: &'a Stalls,
+    /// The leg ends when no byte has come out of the tunnel within this time.
+    pub first_byte_within: Option<Duration>,
+}
+
+/// Carries until both directions have ended or one has failed; then both ends are told.
+pub async fn carry(leg: Pumps<'_>, send: &mut SendStream, recv: &mut RecvStream) -> LegEnd {
+    // A stop can come while nothing is being written and after the other direction has ended.
+    let stopped = send.stopped();
+    let both = async { tokio::try_join!(into_tunnel(&leg, send), out_of_tunnel(&leg, recv)) };
+    let outcome = tokio::select! {
+        biased;
+        outcome = both => outcome.map(drop),
+        end = stop_received(stopped) => Err(end),
+    };
+    let Err(end) = outcome else { return LegEnd::Closed };
+    let code = if end == LegEnd::Stalled { stream_code::STALLED } else { stream_code::RESET };
+    abort(leg.tcp, send, recv, code);
+    end
+}
+
+/// Completes when the far gateway wants no more of this stream, never otherwise.
+async fn stop_received(stopped: impl Future<Output = Result<Option<VarInt>, StoppedError>>) -> LegEnd {
+    match stopped.await {
+        Ok(Some(_)) => LegEnd::StreamReset,
+        // All was delivered, or the loss of the tunnel shows elsewhere too.
+        Ok(None) | Err(_) => std::future::pending().await,
+    }
+}
+
+/// Resets both sides of a leg. What is closed already stays so.
+pub fn abort(tcp: &TcpStream, send: &mut SendStream, recv: &mut RecvStream, code: VarInt) {
+    let _ = send.reset(code);
+    let _ = recv.stop(code);
+    reset_tcp(tcp);
+}
+
+/// Makes the coming close of `tcp` a reset, so that its peer does not take it for an orderly end.
+pub fn reset_tcp(tcp: &TcpStream) {
+    let _ = socket2::SockRef::from(tcp).set_linger(Some(Duration::ZERO));
+}
+
+async fn into_tunnel(leg: &Pumps<'_>, send: &mut SendStream) -> Result<(), LegEnd> {
+    let mut size = READ_MIN;
+    let mut buffer = BytesMut::new();
+    loop {
+        leg.tcp.readable().await.map_err(|_| LegEnd::TcpReset)?;
+        if buffer.capacity() < READ_MIN {
+            buffer = BytesMut::with_capacity(size);
+        }
+        let room = buffer.capacity();
+        match leg.tcp.try_read_buf(&mut buffer) {
+            Ok(0) => {
+                // The far gateway may have stopped the stream; then there is nobody left to tell.
+                let _ = send.finish();
+                return Ok(());
+            }
+            Ok(count) => {
+                size = if count == room { (size * 2).min(READ_MAX) } else { size.min(count.max(READ_MIN) * 2) };
+                let chunk = buffer.split().freeze();
+                send.write_chunk(chunk).await.map_err(write_end)?;
+                leg.meters.into_tunnel.inc_by(count as u64);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => buffer = BytesMut::new(),
+            Err(_) => return Err(LegEnd::TcpReset),
+        }
+    }
+}
+
+fn write_end(error: WriteError) -> LegEnd {
+    match error {
+        WriteError::Stopped(_) => LegEnd::StreamReset,
+        WriteError::ConnectionLost(_) | WriteError::ClosedStream | WriteError::ZeroRttRejected => LegEnd::TunnelLost,
+    }
+}
+
+fn read_end(error: ReadError) -> LegEnd {
+    match error {
+        ReadError::Reset(_) => LegEnd::StreamReset,
+        ReadError::ConnectionLost(_)
+        | ReadError::ClosedStream
+        | ReadError::IllegalOrderedRead
+        | ReadError::ZeroRttRejected => LegEnd::TunnelLost,
+    }
+}
+
+async fn out_of_tunnel(leg: &Pumps<'_>, recv: &mut RecvStream) -> Result<(), LegEnd> {
+    let mut first = leg.first_byte_within;
+    loop {
+        let mut chunks = [const { Bytes::new() }; CHUNKS_MAX];
+        let read = match first.take() {
+            None => recv.read_chunks(&mut chunks).await,
+            Some(within) => match tokio::time::timeout(within, recv.read_chunks(&mut chunks)).await {
+                Ok(read) => read,
+                Err(_) => return Err(LegEnd::Silent),
+            },
+        };
+        match read.map_err(read_end)? {
+            Some(count) => write_all(leg, &mut chunks[..count]).await?,
+            None => {
+                // ENOTCONN when the other side is gone: the up direction will say so.
+                let _ = socket2::SockRef::from(leg.tcp).shutdown(std::net::Shutdown::Write);
+                return Ok(());
+            }
+        }
+    }
+}
+
+async fn write_all(leg: &Pumps<'_>, mut chunks: &mut [Bytes]) -> Result<(), LegEnd> {
+    while !chunks.is_empty() {
+        let mut slices = [IoSlice::new(&[]); CHUNKS_MAX];
+        for (slice, chunk) in slices.iter_mut().zip(chunks.iter()) {
+            *slice = IoSlice::new(chunk);
+        }
+        match leg.tcp.try_write_vectored(&slices[..chunks.len()]) {
+            Ok(0) => return Err(LegEnd::TcpReset),
+            Ok(count) => {
+                leg.meters.out_of_tunnel.inc_by(count as u64);
+                chunks = advance(chunks, count);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => writable(leg).await?,
+            Err(_) => return Err(LegEnd::TcpReset),
+        }
+    }
+    Ok(())
+}
+
+/// Drops the first `count` octets of `chunks`; memory of whole chunks is given back at once.
+fn advance(chunks: &mut [Bytes], mut count: usize) -> &mut [Bytes] {
+    let mut whole = 0;
+    for chunk in chunks.iter_mut() {
+        if count < chunk.len() {
+            chunk.advance(count);
+            break;
+        }
+        count -= chunk.len();
+        *chunk = Bytes::new();
+        whole += 1;
+    }
+    &mut chunks[whole..]
+}
+
+/// Waits until TCP takes more; after [`STALLED_AFTER`] the wait is charged to the stall budget.
+async fn writable(leg: &Pumps<'_>) -> Result<(), LegEnd> {
+    let since = Instant::now();
+    if let Ok(ready) = tokio::time::timeout(STALLED_AFTER, leg.tcp.writable()).await {
+        return ready.map_err(|_| LegEnd::TcpReset);
+    }
+    let mut charge = leg.stalls.charge(since);
+    tokio::select! {
+        ready = leg.tcp.writable() => ready.map_err(|_| LegEnd::TcpReset),
+        () = charge.reset() => Err(LegEnd::Stalled),
+    }
+}

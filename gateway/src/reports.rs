@@ -1,0 +1,100 @@
+//! What a gateway says of its tunnels: to its federation, and on the admin port.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tombolo_core::liveness::Reach;
+use tombolo_leg::discovery::{GatewayDiscovery, TunnelReport};
+
+use crate::gateway::Gateway;
+
+/// Legs and round trips change without an event.
+const REFRESH: Duration = Duration::from_secs(1);
+/// Changes that come close together are reported as one.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// Keeps the federation informed until it is dropped.
+pub async fn report_tunnels(gateway: Arc<Gateway>, discovery: GatewayDiscovery) {
+    let mut changed = gateway.registry.subscribe();
+    loop {
+        changed.borrow_and_update();
+        discovery.report_tunnels(tunnels(&gateway));
+        tokio::select! {
+            _ = changed.changed() => tokio::time::sleep(SETTLE).await,
+            () = tokio::time::sleep(REFRESH) => {}
+        }
+    }
+}
+
+/// Every tunnel that is up, and every gateway of a peer that can't be dialled.
+fn tunnels(gateway: &Gateway) -> Vec<TunnelReport> {
+    let tunnels = gateway.registry.all();
+    let linked: BTreeSet<_> =
+        tunnels.iter().map(|tunnel| (tunnel.remote.cluster.clone(), tunnel.remote.gateway.clone())).collect();
+    let up = tunnels.iter().map(|tunnel| TunnelReport {
+        cluster: tunnel.remote.cluster.clone(),
+        reach: Some(if tunnel.is_remote_draining() { Reach::Suspect } else { tunnel.reach() }),
+        rtt: tunnel.rtt(),
+        remote_address: tunnel.remote_address().to_string(),
+        dialled_here: tunnel.dialled_here,
+        legs: tunnel.legs(),
+        last_error: String::new(),
+        remote_gateway: Some(tunnel.remote.gateway.clone()),
+    });
+    let errors = gateway.dial_errors.lock().expect("nothing panics while it notes a dial's error").clone();
+    let snapshot = gateway.snapshot();
+    let failing = errors.into_iter().filter(|((cluster, remote), _)| {
+        snapshot.peers.contains_key(cluster) && !linked.contains(&(cluster.clone(), remote.clone()))
+    });
+    let down = failing.map(|((cluster, remote), last_error)| TunnelReport {
+        cluster,
+        reach: Some(Reach::Dead),
+        rtt: Duration::ZERO,
+        remote_address: String::new(),
+        dialled_here: true,
+        legs: 0,
+        last_error,
+        remote_gateway: Some(remote),
+    });
+    up.chain(down).collect()
+}
+
+/// The state that the admin port shows.
+pub fn state(gateway: &Gateway) -> Value {
+    let snapshot = gateway.snapshot();
+    let tunnels = tunnels(gateway).into_iter().map(|tunnel| {
+        json!({
+            "cluster": tunnel.cluster,
+            "gateway": tunnel.remote_gateway,
+            "reach": tunnel.reach.map(|reach| format!("{reach:?}").to_lowercase()),
+            "rttMicroseconds": u64::try_from(tunnel.rtt.as_micros()).unwrap_or(u64::MAX),
+            "address": tunnel.remote_address,
+            "dialledHere": tunnel.dialled_here,
+            "legs": tunnel.legs,
+            "lastError": tunnel.last_error,
+        })
+    });
+    let deliveries = snapshot.deliveries.iter().map(|((service, port), delivery)| {
+        json!({
+            "service": service,
+            "port": port,
+            "offeredTo": delivery.clusters,
+            "endpoints": delivery.endpoints.iter().map(|(id, endpoint)| json!({
+                "id": id, "inbound": endpoint.inbound_address, "ready": endpoint.ready,
+            })).collect::<Vec<_>>(),
+        })
+    });
+    json!({
+        "gateway": gateway.settings.id,
+        "cluster": snapshot.cluster,
+        "trustDomain": snapshot.trust_domain,
+        "draining": gateway.drain.is_draining(),
+        "legs": gateway.legs(),
+        "stalledLegs": gateway.stalls.stalled(),
+        "peers": snapshot.peers.keys().collect::<Vec<_>>(),
+        "tunnels": tunnels.collect::<Vec<_>>(),
+        "deliveries": deliveries.collect::<Vec<_>>(),
+    })
+}
