@@ -74,7 +74,8 @@ impl Acceptor {
     /// Waits for the handshake, at most [`HANDSHAKE_MAX`]. Whether the client may call the target is for the
     /// caller to decide, at each request (`tombolo_core::authz`).
     pub async fn accept(&self, tcp: TcpStream) -> Result<AcceptedLeg, AcceptError> {
-        match timeout(HANDSHAKE_MAX, self.handshake(tcp)).await {
+        // Boxed, so that the task of a leg does not keep room for its handshake for ever.
+        match timeout(HANDSHAKE_MAX, Box::pin(self.handshake(tcp))).await {
             Ok(result) => result,
             Err(_) => Err(refused(Refusal::HandshakeTimeout, format!("no handshake within {HANDSHAKE_MAX:?}"))),
         }

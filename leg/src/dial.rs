@@ -117,7 +117,8 @@ impl Dialer {
             return Err(LegError { refusal: Refusal::NoCertificate, detail, retry_after: None, stage: Stage::Connect });
         }
         let mut stage = Stage::Connect;
-        match timeout(request.deadline, self.stages(&request, &mut stage)).await {
+        // Boxed, so that the task of a leg does not keep room for its handshake for ever.
+        match timeout(request.deadline, Box::pin(self.stages(&request, &mut stage))).await {
             Ok(result) => result.map_err(|failed| LegError {
                 refusal: failed.refusal,
                 detail: failed.detail,

@@ -70,6 +70,9 @@ impl ProxyHeader {
     /// Reads a header from the front of `buffer`: the header and how many octets it took, or `None` while
     /// octets are missing. TLVs that are not known here are skipped.
     pub fn decode(buffer: &[u8]) -> Result<Option<(Self, usize)>, ProxyHeaderError> {
+        if !is_prefix(buffer) {
+            return Err(ProxyHeaderError::Malformed);
+        }
         if let Some(length) = announced_length(buffer).filter(|length| *length > LENGTH_MAX) {
             return Err(ProxyHeaderError::TooLong(length));
         }

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use tombolo_core::health::Thresholds;
 use tombolo_core::id::{InstanceName, ServiceName};
 use tombolo_core::model::AppProtocol;
+use tombolo_runtime::config::{Problem, Validate};
+use tombolo_runtime::logging::LogConfig;
+use tombolo_runtime::telemetry::TelemetryConfig;
 
 /// Everything a sidecar is told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -41,6 +44,10 @@ pub struct Config {
     pub limits: LimitsConfig,
     #[serde(default = "default_admin")]
     pub admin: SocketAddr,
+    #[serde(default)]
+    pub telemetry: TelemetryConfig,
+    #[serde(default)]
+    pub log: LogConfig,
     #[serde(with = "humantime_serde", default = "default_drain_deadline")]
     pub drain_deadline: Duration,
 }
@@ -236,6 +243,95 @@ impl Default for LimitsConfig {
     }
 }
 
+impl Validate for Config {
+    fn validate(&self) -> Vec<Problem> {
+        let mut problems = self.telemetry.problems("telemetry");
+        problems.extend(self.log.problems("log"));
+        address(&mut problems, "federation.address", &self.federation.address);
+        if let Some(advertise) = &self.advertise {
+            address(&mut problems, "advertise", advertise);
+        }
+        self.retry.problems(&mut problems);
+        self.limits.problems(&mut problems);
+        for (n, service) in self.services.iter().enumerate() {
+            service.problems(&format!("services[{n}]"), &mut problems);
+            let same = |other: &&ServiceConfig| (&other.service, other.port) == (&service.service, service.port);
+            if self.services[..n].iter().any(|other| same(&other)) {
+                problems.push(Problem::new(format!("services[{n}]"), "this service and port are listed twice"));
+            }
+        }
+        for (n, listener) in self.listeners.iter().enumerate() {
+            let fixed = listener.listen.port() != 0;
+            if fixed && self.listeners[..n].iter().any(|other| other.listen == listener.listen) {
+                problems.push(Problem::new(format!("listeners[{n}].listen"), "two listeners have this address"));
+            }
+        }
+        problems
+    }
+}
+
+impl RetryConfig {
+    fn problems(&self, problems: &mut Vec<Problem>) {
+        if !(1..=10).contains(&self.tries) {
+            problems.push(Problem::new("retry.tries", "write a number from 1 (never again) to 10"));
+        }
+        if !(0.0..=1.0).contains(&self.budget) {
+            problems.push(Problem::new("retry.budget", "write a share from 0 to 1"));
+        }
+        for (field, time) in [("retry.perTryTimeout", self.per_try_timeout), ("retry.deadline", self.deadline)] {
+            if time.is_some_and(|time| time.is_zero()) {
+                problems.push(Problem::new(field, "nothing answers in no time; leave it out for no limit"));
+            }
+        }
+    }
+}
+
+impl LimitsConfig {
+    fn problems(&self, problems: &mut Vec<Problem>) {
+        let zero = [
+            ("limits.connections", self.connections == 0),
+            ("limits.services", self.services == 0),
+            ("limits.requestsPerLeg", self.requests_per_leg == 0),
+            ("limits.legsPerEndpoint", self.legs_per_endpoint == 0),
+            ("limits.connectTimeout", self.connect_timeout.is_zero()),
+            ("limits.legIdle", self.leg_idle.is_zero()),
+            ("limits.discoveryWait", self.discovery_wait.is_zero()),
+            ("limits.serviceIdle", self.service_idle.is_zero()),
+        ];
+        let zero = zero.into_iter().filter(|(_, is_zero)| *is_zero);
+        problems.extend(zero.map(|(field, _)| Problem::new(field, "must be above zero")));
+    }
+}
+
+impl ServiceConfig {
+    fn problems(&self, field: &str, problems: &mut Vec<Problem>) {
+        if self.port == 0 {
+            problems.push(Problem::new(format!("{field}.port"), "a port is a number from 1 to 65535"));
+        }
+        address(problems, &format!("{field}.app"), &self.app);
+        let health = &self.health;
+        let checks = [health.http.is_some(), health.grpc.is_some(), health.tcp.is_some()];
+        if checks.iter().filter(|given| **given).count() > 1 {
+            problems.push(Problem::new(format!("{field}.health"), "choose one of http, grpc and tcp"));
+        }
+        if health.http.as_ref().is_some_and(|http| !http.path.starts_with('/')) {
+            problems.push(Problem::new(format!("{field}.health.http.path"), "a path begins with /"));
+        }
+        if health.interval.is_zero() || health.timeout.is_zero() {
+            problems.push(Problem::new(format!("{field}.health"), "interval and timeout must be above zero"));
+        }
+    }
+}
+
+fn address(problems: &mut Vec<Problem>, field: &str, text: &str) {
+    let valid = text
+        .rsplit_once(':')
+        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0));
+    if !valid {
+        problems.push(Problem::new(field, "write host:port"));
+    }
+}
+
 fn default_outbound() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 15001))
 }
@@ -256,6 +352,8 @@ fn default_drain_deadline() -> Duration {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::path::Path;
+    use tombolo_runtime::config::parse;
 
     #[test]
     fn listener_targets_are_read_in_two_spellings() {
@@ -266,5 +364,34 @@ mod tests {
         for text in ["db.data", "db:5432", "db.data:0", "db.data:x", ""] {
             assert!(text.parse::<ServicePortName>().is_err(), "{text}");
         }
+    }
+
+    const SMALL: &str = "instance: web-1\nfederation: {address: 'localhost:15010', ca: ca.pem}\nstate: state\n";
+
+    #[track_caller]
+    fn check(more: &str, complaint: Option<&str>) {
+        let text = format!("{SMALL}{more}");
+        let told = parse::<Config>(&text, Path::new("sidecar.yaml")).err().map(|error| error.to_string());
+        match (told, complaint) {
+            (None, None) => {}
+            (Some(told), Some(complaint)) => assert!(told.contains(complaint), "{told}"),
+            (told, complaint) => panic!("{more}: {told:?}, not {complaint:?}"),
+        }
+    }
+
+    #[test]
+    fn files_are_checked() {
+        check("", None);
+        check("listeners: [{listen: '127.0.0.1:5432', to: 'db.data:5432'}]\nretry: {perTryTimeout: 250ms}\n", None);
+        check(
+            "services: [{service: shop/web, port: 80, app: 'localhost:8080', protocol: http, health: {http: {path: /}}}]\n",
+            None,
+        );
+        check("listeners: [{listen: '127.0.0.1:5432', to: 'db'}]\n", Some("sidecar.yaml:4:"));
+        check("retry: {tries: 0}\n", Some("retry.tries"));
+        check("limits: {connections: 0}\n", Some("limits.connections: must be above zero"));
+        check("advertise: here\n", Some("advertise: write host:port"));
+        check("services: [{service: shop/web, port: 80, app: x}]\n", Some("services[0].app"));
+        check("colour: red\n", Some("unknown field `colour`"));
     }
 }

@@ -5,4 +5,127 @@
 pub mod config;
 pub mod outbound;
 
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Context;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tombolo_leg::discovery::{Federation, SidecarDiscovery};
+use tombolo_runtime::admin::Admin;
+use tombolo_runtime::process::{self, Process};
+use tombolo_runtime::readiness::Readiness;
+use tombolo_trust::identity::{self, IdentityConfig};
+use tombolo_trust::svid::SvidSource;
+
 pub use config::Config;
+use config::{ListenerConfig, ServicePortName};
+use outbound::Outbound;
+
+/// The name under which a sidecar announces its addresses.
+pub const ROLE: &str = "sidecar";
+
+/// Runs a sidecar until it has drained.
+pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
+    let (svid, trust) = identity::start(IdentityConfig {
+        federation: config.federation.address.clone(),
+        ca: config.federation.ca.clone(),
+        join: config.join.clone(),
+        state: config.state.clone(),
+    })?;
+    let federation =
+        Federation { address: config.federation.address.clone(), svid: svid.clone(), trust: trust.clone() };
+    let discovery = SidecarDiscovery::start(federation, config.instance.clone(), config.zone.clone());
+    tokio::spawn(follow_readiness(process.readiness.clone(), svid.clone(), discovery.clone()));
+
+    let outbound = Outbound::new(&config, &process, &svid, &trust, Box::new(discovery.clone()));
+    let mut addresses = BTreeMap::new();
+    addresses.insert("outbound".to_owned(), listen(&outbound, config.outbound, None).await.context("outbound")?);
+    for (n, ListenerConfig { listen: address, to }) in config.listeners.iter().enumerate() {
+        let bound = listen(&outbound, *address, Some(to.clone())).await;
+        addresses.insert(format!("listener-{n}"), bound.with_context(|| format!("listeners[{n}].listen"))?);
+    }
+    let upkeep = tokio::spawn(outbound::upkeep::run(outbound.clone()));
+    let gateways =
+        tokio::spawn(outbound::upkeep::follow_gateways(outbound.clone(), discovery.gateways(), svid.clone()));
+
+    let state = state_view(&outbound, &discovery, &svid);
+    let shown = serde_json::to_value(&config)?;
+    let admin = Admin::start(config.admin, process.metrics.clone(), process.readiness.clone(), shown, state);
+    let admin = admin.await.with_context(|| format!("admin {}", config.admin))?;
+    addresses.insert("admin".to_owned(), admin.address());
+    let named = addresses.iter().map(|(name, address)| (name.as_str(), *address)).collect();
+    process::announce(&config.state, ROLE, &named).context("announcing the addresses in the state directory")?;
+    tracing::info!(?addresses, "sidecar listens");
+
+    process.drain.draining().await;
+    process.drain.stopped().await;
+    upkeep.abort();
+    gateways.abort();
+    process::withdraw(&config.state, ROLE)?;
+    Ok(())
+}
+
+/// Binds and serves one outbound listener; yields the address that it got.
+async fn listen(
+    outbound: &Arc<Outbound>,
+    address: SocketAddr,
+    fixed: Option<ServicePortName>,
+) -> anyhow::Result<SocketAddr> {
+    let listener = TcpListener::bind(address).await.with_context(|| format!("can't listen on {address}"))?;
+    let bound = listener.local_addr()?;
+    tokio::spawn(outbound::listener::run(outbound.clone(), listener, fixed));
+    Ok(bound)
+}
+
+/// Ready once there is an identity and federation has answered. A federation that goes away later leaves the
+/// sidecar ready: what is known stays in force.
+async fn follow_readiness(readiness: Readiness, svid: SvidSource, discovery: SidecarDiscovery) {
+    let identity = readiness.condition("identity", "no identity was issued yet; is the join token valid?");
+    let known = readiness.condition("discovery", "the federation has not answered yet");
+    svid.wait().await;
+    identity.holds();
+    let mut status = discovery.status();
+    if discovery.welcome().wait_for(Option::is_some).await.is_ok() {
+        known.holds();
+    }
+    // The identity must not expire unnoticed while its renewal fails.
+    loop {
+        let expired = svid.current().is_none_or(|svid| svid.has_expired(jiff::Timestamp::now()));
+        if expired {
+            identity.fails("the identity has expired and could not be renewed; does the federation answer?");
+        } else {
+            identity.holds();
+        }
+        tokio::select! {
+            changed = status.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(std::time::Duration::from_secs(5)) => {}
+        }
+    }
+}
+
+fn state_view(
+    outbound: &Arc<Outbound>,
+    discovery: &SidecarDiscovery,
+    svid: &SvidSource,
+) -> Arc<dyn Fn() -> Value + Send + Sync> {
+    let (outbound, discovery, svid) = (outbound.clone(), discovery.clone(), svid.clone());
+    Arc::new(move || {
+        let status = discovery.status().borrow().clone();
+        let welcome = discovery.welcome().borrow().clone();
+        json!({
+            "identity": svid.current().map(|svid| json!({
+                "id": svid.id,
+                "notAfter": svid.not_after.to_string(),
+            })),
+            "cluster": welcome.map(|welcome| welcome.cluster),
+            "discovery": {
+                "connected": status.connected,
+                "connects": status.connects,
+                "lastError": status.last_error,
+            },
+            "outbound": outbound.state(),
+        })
+    })
+}

@@ -8,6 +8,7 @@ use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream, SendStream};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
+use tombolo_core::refusal::Refusal;
 
 use super::BoxError;
 use super::client::StreamGuard;
@@ -20,6 +21,9 @@ pub enum StreamError {
     Refused,
     #[error("the stream was reset by its other end: {0}")]
     Reset(Reason),
+    /// The far end's TLS did not accept this end's certificate, so no request was read.
+    #[error("the far end refused this identity: {0}")]
+    Denied(Refusal),
     #[error("the leg was lost: {0}")]
     Lost(String),
 }
@@ -78,8 +82,10 @@ impl Body for RecvBody {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, StreamError>>> {
         let this = &mut *self;
         let Some(stream) = this.stream.as_mut() else { return Poll::Ready(None) };
-        if !this.data_done {
+        while !this.data_done {
             match ready!(stream.poll_data(cx)) {
+                // The end of a stream may come as a DATA frame without octets.
+                Some(Ok(data)) if data.is_empty() => {}
                 Some(Ok(data)) => {
                     // Fails only on a stream that is gone, which the next poll says better.
                     let _ = stream.flow_control().release_capacity(data.len());

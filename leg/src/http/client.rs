@@ -73,6 +73,7 @@ impl<B> SendError<B> {
     pub fn refusal(&self) -> Refusal {
         match &self.kind {
             SendErrorKind::Stream(StreamError::Refused) => Refusal::AppUnreachable,
+            SendErrorKind::Stream(StreamError::Denied(refusal)) => *refusal,
             SendErrorKind::Unsendable(_) => Refusal::BadRequest,
             SendErrorKind::Closed | SendErrorKind::Body(_) | SendErrorKind::Stream(_) => Refusal::ConnectionLost,
         }
@@ -208,7 +209,7 @@ impl HttpLeg {
         let (parts, body) = request.into_parts();
         let no_body = body.is_end_stream() && !tunnels;
         // A broken request was not sent either, but no other leg would take it.
-        let failed = |kind: SendErrorKind| SendError { kind, unsent: None };
+        let failed = |kind: SendErrorKind| SendError { kind: self.explain(kind), unsent: None };
         let (response, stream) = sender
             .send_request(Request::from_parts(parts, ()), no_body)
             .map_err(|error| failed(SendErrorKind::Unsendable(error.to_string())))?;
@@ -220,6 +221,13 @@ impl HttpLeg {
         let bulk = guard.counter();
         let pumping = Box::pin(pump(Box::pin(body), stream, Reason::CANCEL, bulk));
         exchange(response, pumping, waits, guard).await.map_err(failed)
+    }
+
+    fn explain(&self, kind: SendErrorKind) -> SendErrorKind {
+        match kind {
+            SendErrorKind::Stream(error) => SendErrorKind::Stream(self.shared.explain(error)),
+            kind => kind,
+        }
     }
 
     async fn upgrades(&self) -> bool {
@@ -287,14 +295,12 @@ enum Answer {
 
 /// Informational responses other than 100 are passed over.
 fn poll_answer(response: &mut ResponseFuture, held: bool, cx: &mut Context<'_>) -> Poll<Answer> {
-    while held {
-        match response.poll_informational(cx) {
-            Poll::Ready(Some(Ok(interim))) if interim.status() == StatusCode::CONTINUE => {
+    if held {
+        // Polled until it is pending, so that the next one wakes this task.
+        while let Poll::Ready(Some(Ok(interim))) = response.poll_informational(cx) {
+            if interim.status() == StatusCode::CONTINUE {
                 return Poll::Ready(Answer::Asked);
             }
-            Poll::Ready(Some(Ok(_))) => {}
-            // The response itself says what happened.
-            Poll::Ready(Some(Err(_)) | None) | Poll::Pending => break,
         }
     }
     Pin::new(response).poll(cx).map(Answer::Head)

@@ -6,8 +6,8 @@
 //! A leg without requests has no timer and sends nothing.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -17,6 +17,10 @@ use h2::{Ping, PingPong};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep};
+use tombolo_core::refusal::Refusal;
+use tombolo_trust::tls::refused_by_peer;
+
+use super::body::StreamError;
 
 /// Silence after which a leg with a waiting request is probed.
 pub const PING_AFTER: Duration = Duration::from_millis(150);
@@ -55,6 +59,8 @@ pub(super) struct Shared {
     /// The first PING was answered: the peer's settings are known.
     settled: watch::Sender<bool>,
     rtt_us: AtomicU64,
+    /// Why the far end's TLS refused this one; it says so only behind the handshake.
+    denied: OnceLock<Refusal>,
 }
 
 impl Shared {
@@ -72,6 +78,7 @@ impl Shared {
             health: watch::Sender::new(LegHealth::Live),
             settled: watch::Sender::new(false),
             rtt_us: AtomicU64::new(micros(rtt)),
+            denied: OnceLock::new(),
         })
     }
 
@@ -89,6 +96,14 @@ impl Shared {
 
     pub(super) fn rtt(&self) -> Duration {
         Duration::from_micros(self.rtt_us.load(Ordering::Relaxed))
+    }
+
+    /// The reason that the far end's TLS gave, if that is how the leg was lost.
+    pub(super) fn explain(&self, error: StreamError) -> StreamError {
+        match (error, self.denied.get()) {
+            (StreamError::Lost(_), Some(refusal)) => StreamError::Denied(*refusal),
+            (error, _) => error,
+        }
     }
 
     pub(super) fn request_begins(&self) {
@@ -161,6 +176,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Heard<T> {
         let read = ready!(Pin::new(&mut self.io).poll_read(cx, buf));
         if buf.filled().len() > before {
             self.shared.heard();
+        }
+        if let Some(refusal) = read.as_ref().err().and_then(refused_by_peer) {
+            // Only the first is kept: it is the cause of what follows.
+            let _ = self.shared.denied.set(refusal);
         }
         Poll::Ready(read)
     }

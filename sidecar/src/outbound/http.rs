@@ -281,6 +281,8 @@ fn send_failed(error: SendErrorKind, target: &Target) -> Failure {
         SendErrorKind::Stream(StreamError::Refused) => {
             (Progress::Refused, Refusal::AppUnreachable, Some(Outcome::Refused))
         }
+        // The far sidecar does not want this client, and said so before it read anything.
+        SendErrorKind::Stream(StreamError::Denied(refusal)) => (Progress::NotSent, refusal, None),
         SendErrorKind::Stream(StreamError::Reset(_) | StreamError::Lost(_)) => {
             (Progress::Sent, Refusal::ConnectionLost, Some(Outcome::Failed))
         }

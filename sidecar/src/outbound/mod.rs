@@ -21,6 +21,7 @@ pub mod refuse;
 pub mod replay;
 pub mod route;
 pub mod services;
+mod state;
 mod switch;
 pub mod tunnel;
 pub mod upkeep;
