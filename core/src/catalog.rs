@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::conflict::{self, Conflict};
-use crate::id::{ClusterId, EndpointId, ServiceName};
+use crate::id::{ClusterId, EndpointId, Position, ServiceName};
 use crate::import::{Import, StreamBroken, Touched};
 use crate::model::{Authority, ClusterShare, Export, Freshness, Origin};
-use crate::publish::Update;
+use crate::publish::{Roots, Update};
 use crate::sni::SYSTEM_NAMESPACE;
 
 /// Where a sidecar of this cluster accepts inner legs for one port of one endpoint.
@@ -140,6 +140,20 @@ impl Catalog {
     pub fn handle_reconnect(&mut self, cluster: &ClusterId) {
         if let Some(peer) = self.peers.get_mut(cluster) {
             peer.import.handle_reconnect();
+        }
+    }
+
+    /// An update of the peer that could not be read is passed over.
+    pub fn handle_unreadable(&mut self, cluster: &ClusterId, position: Position) {
+        if let Some(peer) = self.peers.get_mut(cluster) {
+            peer.import.handle_unreadable(position);
+        }
+    }
+
+    /// Takes the bundle that a peering brought, unless a later one is held.
+    pub fn handle_roots(&mut self, cluster: &ClusterId, roots: Arc<Roots>) {
+        if let Some(peer) = self.peers.get_mut(cluster) {
+            peer.import.seed_roots(roots);
         }
     }
 

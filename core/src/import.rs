@@ -175,6 +175,13 @@ impl Import {
         Ok(touched)
     }
 
+    /// Passes over an update that could not be read: a kind of a newer release, or a malformed value.
+    pub fn handle_unreadable(&mut self, position: Position) {
+        if self.snapshot.is_none() && position.epoch == self.position.epoch {
+            self.position.revision = self.position.revision.max(position.revision);
+        }
+    }
+
     fn apply(&mut self, change: Change, touched: &mut Touched) -> Result<(), UpdateRefused> {
         match change {
             Change::Export(export) => self.export(export, touched),

@@ -3,20 +3,35 @@
 //! Inputs come as one enum over a bounded channel; readers load an immutable [`View`] and wait for
 //! the next generation. Whoever must keep something durable does so before it tells the hub.
 
+mod peers;
+mod state;
+mod view;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot, watch};
-use tombolo_api::proto::catalog::TrustBundle;
-use tombolo_core::catalog::ServiceView;
-use tombolo_core::id::{ClusterId, GatewayId, Position, ServiceName, SpiffeId, TrustDomain};
-use tombolo_core::model::{Authority, Freshness, GatewayAddress};
-use tombolo_core::source::{LocalState, SourceProblem};
+use tokio::time::Instant;
+use tombolo_core::id::{ClusterId, GatewayId, InstanceName, Position, ServiceName, SpiffeId, TrustDomain};
+use tombolo_core::import::Import;
+use tombolo_core::model::{Authority, GatewayAddress};
+use tombolo_core::publish::{LOG_COST_MAX, Update};
+use tombolo_core::source::LocalState;
+use tombolo_runtime::metrics::Metrics;
+use tombolo_trust::bundle::Bundle;
+use tombolo_trust::store::TrustStore;
+
+use crate::registry::{Claim, SessionId};
+use crate::sync::durable::ImportStore;
+use state::State;
+pub use view::{GatewayView, PeerView, Reach, SidecarView, TunnelView, View};
 
 /// Inputs that wait for the hub; senders wait when it is full.
 const INPUTS_MAX: usize = 256;
+/// Inputs that are applied before a new view is made of them.
+const COALESCED_MAX: usize = 128;
 /// Peering events that wait for the peering task; gateways wait when it is full.
 const PEERING_EVENTS_MAX: usize = 64;
 
@@ -28,7 +43,7 @@ pub struct PeerRecord {
     /// The grants given at the invitation; a `ClusterPeer` resource in the source replaces them.
     pub authority: Authority,
     /// The bundle exchanged at the peering; one with a higher sequence that came by sync wins.
-    pub bundle: TrustBundle,
+    pub bundle: Bundle,
     /// Gateways named at the peering, used until the peer publishes its own.
     pub gateways: Vec<GatewayAddress>,
 }
@@ -74,128 +89,90 @@ pub enum CommandRefused {
     Gone(#[from] HubGone),
 }
 
-/// How far a tunnel of one of our gateways is from answering.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Reach {
-    Unknown,
-    Up,
-    Suspect,
-    Down,
-}
-
-impl Reach {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Reach::Unknown => "unknown",
-            Reach::Up => "up",
-            Reach::Suspect => "suspect",
-            Reach::Down => "down",
-        }
-    }
-}
-
-/// One tunnel as one of our gateways reports it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TunnelView {
-    pub cluster: ClusterId,
-    pub remote_gateway: Option<GatewayId>,
-    pub reach: Reach,
-    pub rtt_us: u32,
-    pub remote_address: String,
-    pub dialled_here: bool,
-    pub legs: u32,
-    pub last_error: String,
-}
-
-/// A gateway of this cluster.
-#[derive(Debug, Clone, PartialEq)]
-pub struct GatewayView {
+/// A gateway's stream, as it introduces itself.
+#[derive(Debug)]
+pub struct GatewayJoin {
     pub gateway: GatewayId,
     pub spiffe_id: SpiffeId,
-    /// `host:port` of its tunnel port as peers can reach it; empty when it can't be dialled.
     pub advertise: Vec<String>,
     pub ingress_address: String,
     pub watch_address: String,
-    pub connected: bool,
-    pub tunnels: Vec<TunnelView>,
+    /// Where its stream takes peering commands.
+    pub commands: mpsc::Sender<PeeringCommand>,
 }
 
-/// A sidecar of this cluster that is connected, or was a moment ago.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SidecarView {
-    pub instance: String,
+/// A sidecar's stream, as it introduces itself.
+#[derive(Debug)]
+pub struct SidecarJoin {
+    pub instance: InstanceName,
     pub spiffe_id: SpiffeId,
-    pub connected: bool,
-    pub registrations: Vec<RegistrationView>,
+    pub zone: Option<String>,
 }
 
-/// One registration and what was decided about it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RegistrationView {
-    pub service: ServiceName,
-    pub port: u16,
-    pub ready: bool,
-    /// Why it is refused; `None` when it is in force.
+/// An update as the sync stream brought it.
+#[derive(Debug)]
+pub enum PeerMessage {
+    Update(Update),
+    /// A kind of a newer release, or (with a reason) a value that can't be read; it is passed over.
+    Unreadable {
+        position: Position,
+        reason: Option<String>,
+    },
+}
+
+/// What a run of updates led to.
+#[derive(Debug)]
+pub struct SyncApplied {
+    /// The position to acknowledge once `keep` is durable; `None` while a snapshot is being received.
+    pub position: Option<Position>,
+    /// What to make durable first; `None` when nothing changed.
+    pub keep: Option<Box<Import>>,
+    /// Why an update was refused; the last one of the run.
     pub refused: Option<String>,
 }
 
-/// What is known of one peer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PeerView {
-    pub cluster: ClusterId,
-    pub trust_domain: TrustDomain,
-    /// The grants in force, from the source or else from the peering.
-    pub authority: Authority,
-    pub gateways: Vec<GatewayAddress>,
-    pub bundle_sequence: u64,
-    /// `None` before the first sync of all time.
-    pub freshness: Option<Freshness>,
-    /// What we hold of it: the last position applied.
-    pub position: Position,
-    /// When the peer was last heard over sync by this process.
-    pub last_heard: Option<Instant>,
-    /// The last update of the peer that we refused, and why.
-    pub last_refusal: Option<String>,
-    /// What it has acknowledged of our publications, where we are, and what it last refused.
-    pub acked: Position,
-    pub published: Position,
-    pub refused_there: Option<String>,
+/// Why a sync stream has to end.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SyncEnds {
+    #[error("the cluster is no longer a peer")]
+    NoPeer,
+    #[error(transparent)]
+    Broken(#[from] tombolo_core::import::StreamBroken),
+    #[error(transparent)]
+    Gone(#[from] HubGone),
 }
 
-/// An immutable reading of the whole state.
-#[derive(Debug, Clone)]
-pub struct View {
-    /// Grows with every change.
-    pub generation: u64,
-    pub cluster: ClusterId,
-    pub trust_domain: TrustDomain,
-    pub epoch: u64,
-    pub services: Arc<BTreeMap<ServiceName, Arc<ServiceView>>>,
-    pub peers: Arc<BTreeMap<ClusterId, Arc<PeerView>>>,
-    pub gateways: Arc<BTreeMap<GatewayId, Arc<GatewayView>>>,
-    pub sidecars: Arc<Vec<Arc<SidecarView>>>,
-    /// Own and peers' bundles by cluster, as they are in force.
-    pub bundles: Arc<BTreeMap<ClusterId, TrustBundle>>,
-    pub revoked: Arc<BTreeSet<SpiffeId>>,
-    pub problems: Arc<Vec<SourceProblem>>,
-}
-
-/// Everything that changes the state.
+/// Everything that changes the state, and the queries that only its owner can answer.
 enum Input {
     LocalChanged(LocalState),
-    PeerAdded(Box<PeerRecord>, oneshot::Sender<()>),
+    PeerAdded(Box<PeerRecord>, Box<Import>, oneshot::Sender<()>),
     PeerRemoved(ClusterId, oneshot::Sender<()>),
-    OwnBundleChanged(TrustBundle),
+    OwnBundleChanged(Bundle),
     OwnRevoked { sequence: u64, ids: BTreeSet<SpiffeId> },
     Command(GatewayId, PeeringCommand, oneshot::Sender<Result<(), CommandRefused>>),
+    SyncBegan(ClusterId, oneshot::Sender<Option<Position>>),
+    SyncReceived(ClusterId, Vec<PeerMessage>, oneshot::Sender<Result<SyncApplied, SyncEnds>>),
+    PublishedSince(ClusterId, Position, oneshot::Sender<Option<(Vec<Update>, Position)>>),
+    Acked { cluster: ClusterId, position: Position, refused: Option<String> },
+    SidecarJoined(SessionId, SidecarJoin, oneshot::Sender<bool>),
+    Registered(SessionId, Vec<Claim>),
+    Readiness { session: SessionId, service: ServiceName, port: u16, ready: bool },
+    SidecarLeft(SessionId),
+    GatewayJoined(SessionId, GatewayJoin),
+    Tunnels(SessionId, Vec<TunnelView>),
+    GatewayLeft(SessionId),
+    BundlesInForce(SessionId, BTreeMap<TrustDomain, u64>),
 }
 
 /// How the rest of the process speaks to the hub.
 #[derive(Clone)]
 pub struct HubHandle {
     inputs: mpsc::Sender<Input>,
+    events: mpsc::Sender<PeeringEvent>,
     view: Arc<ArcSwap<View>>,
     changes: watch::Receiver<u64>,
+    imports: ImportStore,
+    sessions: Arc<AtomicU64>,
 }
 
 impl HubHandle {
@@ -207,17 +184,20 @@ impl HubHandle {
     /// A peer exists: called for each stored peer at the start, and after a new one was stored. Replaces
     /// the record of the same cluster. Returns when the peer is trusted and its tunnel is asked for.
     pub async fn peer_added(&self, record: PeerRecord) -> Result<(), HubGone> {
-        self.ask(|done| Input::PeerAdded(Box::new(record), done)).await
+        let import = self.imports.load(&record.cluster, &record.trust_domain).await;
+        self.ask(|done| Input::PeerAdded(Box::new(record), Box::new(import), done)).await
     }
 
     /// A peer was removed from the store. Returns when its bundle is no longer trusted and its services
     /// are withdrawn from every view; gateways and sidecars are told at once.
     pub async fn peer_removed(&self, cluster: ClusterId) -> Result<(), HubGone> {
-        self.ask(|done| Input::PeerRemoved(cluster, done)).await
+        self.ask(|done| Input::PeerRemoved(cluster.clone(), done)).await?;
+        self.imports.remove(&cluster).await;
+        Ok(())
     }
 
     /// The own CA publishes another bundle (`trust add-root`); pushed to gateways, sidecars and peers.
-    pub async fn own_bundle_changed(&self, bundle: TrustBundle) -> Result<(), HubGone> {
+    pub async fn own_bundle_changed(&self, bundle: Bundle) -> Result<(), HubGone> {
         self.send(Input::OwnBundleChanged(bundle)).await
     }
 
@@ -241,6 +221,104 @@ impl HubHandle {
         self.changes.clone()
     }
 
+    /// A gateway reports on a peering that it relays. Waits while the peering task is behind.
+    pub async fn peering_event(&self, event: PeeringEvent) -> Result<(), HubGone> {
+        self.events.send(event).await.map_err(|_| HubGone)
+    }
+
+    /// A stream of updates from a peer begins: where to resume. `None` when there is no such peer.
+    pub(crate) async fn sync_began(&self, cluster: ClusterId) -> Result<Option<Position>, HubGone> {
+        self.ask(|answer| Input::SyncBegan(cluster, answer)).await
+    }
+
+    /// A run of updates from a peer, in order.
+    pub(crate) async fn sync_received(
+        &self,
+        cluster: ClusterId,
+        messages: Vec<PeerMessage>,
+    ) -> Result<SyncApplied, SyncEnds> {
+        self.ask(|answer| Input::SyncReceived(cluster, messages, answer)).await?
+    }
+
+    /// Makes what is held of a peer durable.
+    pub(crate) async fn keep(&self, cluster: &ClusterId, import: Import) -> std::io::Result<()> {
+        self.imports.save(cluster, import).await
+    }
+
+    /// What a peer that holds everything up to `from` must be told, and the position it has then.
+    /// `None` when there is no such peer.
+    pub(crate) async fn published_since(
+        &self,
+        cluster: ClusterId,
+        from: Position,
+    ) -> Result<Option<(Vec<Update>, Position)>, HubGone> {
+        self.ask(|answer| Input::PublishedSince(cluster, from, answer)).await
+    }
+
+    /// A peer has made everything up to `position` durable.
+    pub(crate) async fn acked(
+        &self,
+        cluster: ClusterId,
+        position: Position,
+        refused: Option<String>,
+    ) -> Result<(), HubGone> {
+        self.send(Input::Acked { cluster, position, refused }).await
+    }
+
+    /// A sidecar's stream begins. `None` when there are too many.
+    pub(crate) async fn sidecar_joined(&self, join: SidecarJoin) -> Result<Option<SessionId>, HubGone> {
+        let session = self.new_session();
+        let joined = self.ask(|answer| Input::SidecarJoined(session, join, answer)).await?;
+        Ok(joined.then_some(session))
+    }
+
+    /// Replaces what the sidecar had registered.
+    pub(crate) async fn registered(&self, session: SessionId, claims: Vec<Claim>) -> Result<(), HubGone> {
+        self.send(Input::Registered(session, claims)).await
+    }
+
+    pub(crate) async fn readiness(
+        &self,
+        session: SessionId,
+        service: ServiceName,
+        port: u16,
+        ready: bool,
+    ) -> Result<(), HubGone> {
+        self.send(Input::Readiness { session, service, port, ready }).await
+    }
+
+    pub(crate) async fn sidecar_left(&self, session: SessionId) -> Result<(), HubGone> {
+        self.send(Input::SidecarLeft(session)).await
+    }
+
+    /// A gateway's stream begins; it replaces an earlier one of the same id.
+    pub(crate) async fn gateway_joined(&self, join: GatewayJoin) -> Result<SessionId, HubGone> {
+        let session = self.new_session();
+        self.send(Input::GatewayJoined(session, join)).await?;
+        Ok(session)
+    }
+
+    pub(crate) async fn tunnels(&self, session: SessionId, tunnels: Vec<TunnelView>) -> Result<(), HubGone> {
+        self.send(Input::Tunnels(session, tunnels)).await
+    }
+
+    pub(crate) async fn gateway_left(&self, session: SessionId) -> Result<(), HubGone> {
+        self.send(Input::GatewayLeft(session)).await
+    }
+
+    /// The highest bundle sequences that a sidecar or gateway has in force.
+    pub(crate) async fn bundles_in_force(
+        &self,
+        session: SessionId,
+        sequences: BTreeMap<TrustDomain, u64>,
+    ) -> Result<(), HubGone> {
+        self.send(Input::BundlesInForce(session, sequences)).await
+    }
+
+    fn new_session(&self) -> SessionId {
+        SessionId(self.sessions.fetch_add(1, Ordering::Relaxed))
+    }
+
     async fn send(&self, input: Input) -> Result<(), HubGone> {
         self.inputs.send(input).await.map_err(|_| HubGone)
     }
@@ -253,39 +331,60 @@ impl HubHandle {
 }
 
 /// What a hub starts with.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct HubStart {
     pub cluster: ClusterId,
     pub trust_domain: TrustDomain,
-    /// The store's epoch, opened anew at each start.
+    /// The store's epoch, opened anew at each start; above zero.
     pub epoch: u64,
     /// The own CA's published bundle.
-    pub bundle: TrustBundle,
+    pub bundle: Bundle,
+    /// Follows what the hub knows: own and peers' bundles, and everything revoked.
+    pub trust: TrustStore,
+    /// What was held of each peer.
+    pub imports: ImportStore,
+    pub metrics: Metrics,
 }
 
 /// Starts the hub's task; it ends when every handle is gone. The receiver is for the peering task.
 pub fn start(start: HubStart) -> (HubHandle, mpsc::Receiver<PeeringEvent>) {
-    let (inputs, mut received) = mpsc::channel(INPUTS_MAX);
-    let (_events, peering) = mpsc::channel(PEERING_EVENTS_MAX);
+    let (inputs, received) = mpsc::channel(INPUTS_MAX);
+    let (events, peering) = mpsc::channel(PEERING_EVENTS_MAX);
     let (changed, changes) = watch::channel(0);
-    let view = View {
-        generation: 0,
-        cluster: start.cluster.clone(),
-        trust_domain: start.trust_domain,
-        epoch: start.epoch,
-        services: Arc::default(),
-        peers: Arc::default(),
-        gateways: Arc::default(),
-        sidecars: Arc::default(),
-        bundles: Arc::new([(start.cluster, start.bundle)].into()),
-        revoked: Arc::default(),
-        problems: Arc::default(),
-    };
-    let view = Arc::new(ArcSwap::from_pointee(view));
-    tokio::spawn(async move {
-        while let Some(_input) = received.recv().await {
-            changed.send_modify(|generation| *generation += 1);
+    let imports = start.imports.clone();
+    let state = State::new(start, LOG_COST_MAX, Instant::now().into_std());
+    let view = Arc::new(ArcSwap::new(state.view()));
+    tokio::spawn(run(state, received, view.clone(), changed));
+    let sessions = Arc::new(AtomicU64::new(1));
+    (HubHandle { inputs, events, view, changes, imports, sessions }, peering)
+}
+
+async fn run(
+    mut state: State,
+    mut inputs: mpsc::Receiver<Input>,
+    view: Arc<ArcSwap<View>>,
+    changed: watch::Sender<u64>,
+) {
+    let mut run = Vec::with_capacity(COALESCED_MAX);
+    loop {
+        let timeout = state.poll_timeout().map(Instant::from_std);
+        let timer = async move {
+            match timeout {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            received = inputs.recv_many(&mut run, COALESCED_MAX) => if received == 0 { return },
+            () = timer => {}
         }
-    });
-    (HubHandle { inputs, view, changes }, peering)
+        let now = Instant::now().into_std();
+        run.drain(..).for_each(|input| state.handle_input(input, now));
+        if let Some(next) = state.commit(now) {
+            let generation = next.generation;
+            view.store(next);
+            changed.send_if_modified(|held| std::mem::replace(held, generation) != generation);
+        }
+        state.answer();
+    }
 }

@@ -1,1 +1,300 @@
 //! What the sidecars of this cluster have registered, and what becomes of it in the catalogue.
+//!
+//! A registration lives as long as the sidecar's discovery stream, and [`GRACE`] longer, so that a
+//! reconnect does not flap. Each is judged against the source as it is now: one that is refused comes
+//! into force when the source allows it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::digest;
+use tombolo_core::catalog::Delivery;
+use tombolo_core::id::{ClusterId, EndpointId, InstanceName, ServiceName, SpiffeId};
+use tombolo_core::registration::{self, Registered, Registrations};
+use tombolo_core::source::LocalState;
+
+/// How long a registration outlives its stream.
+pub const GRACE: Duration = Duration::from_secs(3);
+/// Services and ports that one sidecar may register.
+pub const CLAIMS_MAX: usize = 64;
+/// Sidecars that may be connected at once.
+pub const SESSIONS_MAX: usize = 10_000;
+
+/// One discovery stream. A later stream has a larger id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub u64);
+
+/// What a sidecar asks for: it delivers this port of this service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    pub service: ServiceName,
+    pub port: u16,
+    /// `host:port` where it accepts inner legs.
+    pub inbound_address: String,
+    pub ready: bool,
+}
+
+/// What was decided about a claim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    pub service: ServiceName,
+    pub port: u16,
+    pub ready: bool,
+    /// Why it is refused, for an operator; `None` when it is in force.
+    pub refused: Option<String>,
+    pub endpoint: EndpointId,
+}
+
+#[derive(Debug)]
+struct Session {
+    instance: InstanceName,
+    spiffe_id: SpiffeId,
+    zone: Option<String>,
+    claims: BTreeMap<(ServiceName, u16), Delivery>,
+    /// When its stream ended.
+    left: Option<Instant>,
+}
+
+/// All sidecars that are connected, or were a moment ago.
+#[derive(Debug)]
+pub struct Registry {
+    cluster: ClusterId,
+    sessions: BTreeMap<SessionId, Session>,
+}
+
+/// The opaque id of an endpoint: the first 16 hex digits of SHA-256 over cluster, service and instance.
+pub fn endpoint_id(cluster: &ClusterId, service: &ServiceName, instance: &str) -> EndpointId {
+    let digest = digest::digest(&digest::SHA256, format!("{cluster}\n{service}\n{instance}").as_bytes());
+    let hex = data_encoding::HEXLOWER.encode(&digest.as_ref()[..8]);
+    hex.parse().expect("hex digits are a DNS label")
+}
+
+impl Registry {
+    pub fn new(cluster: ClusterId) -> Self {
+        Self { cluster, sessions: BTreeMap::new() }
+    }
+
+    /// A sidecar has connected. What the same instance and identity had registered before stays in force
+    /// until it registers again or the grace ends. `false` when there are too many.
+    pub fn handle_joined(
+        &mut self,
+        session: SessionId,
+        spiffe_id: SpiffeId,
+        instance: InstanceName,
+        zone: Option<String>,
+    ) -> bool {
+        if self.sessions.len() >= SESSIONS_MAX {
+            return false;
+        }
+        let (claims, left) = (BTreeMap::new(), None);
+        self.sessions.insert(session, Session { instance, spiffe_id, zone, claims, left });
+        true
+    }
+
+    /// Replaces what this sidecar had registered. Returns whether anything changed; claims above the limit
+    /// are left out.
+    pub fn handle_register(&mut self, session: SessionId, claims: Vec<Claim>) -> bool {
+        let predecessors: Vec<SessionId> = self.predecessors(session).collect();
+        let mut changed = !predecessors.is_empty();
+        predecessors.iter().for_each(|id| drop(self.sessions.remove(id)));
+        let Some(held) = self.sessions.get_mut(&session) else { return changed };
+        let delivery = |claim: Claim| {
+            ((claim.service, claim.port), Delivery { address: claim.inbound_address, ready: claim.ready })
+        };
+        let claims = claims.into_iter().take(CLAIMS_MAX).map(delivery).collect();
+        changed |= held.claims != claims;
+        held.claims = claims;
+        changed
+    }
+
+    /// Returns whether anything changed.
+    pub fn handle_readiness(&mut self, session: SessionId, service: ServiceName, port: u16, ready: bool) -> bool {
+        let held = self.sessions.get_mut(&session).and_then(|session| session.claims.get_mut(&(service, port)));
+        held.is_some_and(|delivery| std::mem::replace(&mut delivery.ready, ready) != ready)
+    }
+
+    /// The stream has ended; the grace begins. One that had registered nothing goes at once.
+    pub fn handle_left(&mut self, session: SessionId, now: Instant) {
+        if let Some(held) = self.sessions.get_mut(&session) {
+            held.left = Some(now);
+            if held.claims.is_empty() {
+                self.sessions.remove(&session);
+            }
+        }
+    }
+
+    /// Drops what has outlived its grace. Returns whether anything changed.
+    pub fn handle_timeout(&mut self, now: Instant) -> bool {
+        let before = self.sessions.len();
+        self.sessions.retain(|_, session| session.left.is_none_or(|left| now < left + GRACE));
+        self.sessions.len() != before
+    }
+
+    /// When [`Registry::handle_timeout`] has something to do.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.sessions.values().filter_map(|session| session.left).min().map(|left| left + GRACE)
+    }
+
+    /// Sessions of the same instance and identity that `session` takes over from.
+    fn predecessors(&self, session: SessionId) -> impl Iterator<Item = SessionId> {
+        let held = self.sessions.get(&session);
+        let same = move |earlier: &Session| {
+            held.is_some_and(|held| earlier.instance == held.instance && earlier.spiffe_id == held.spiffe_id)
+        };
+        self.sessions.range(..session).filter(move |(_, earlier)| same(earlier)).map(|(id, _)| *id)
+    }
+
+    /// Who speaks for an instance that several sidecars claim: the identity whose stream stood first.
+    fn owners(&self) -> BTreeMap<&InstanceName, &SpiffeId> {
+        let mut owners = BTreeMap::new();
+        for session in self.sessions.values() {
+            owners.entry(&session.instance).or_insert(&session.spiffe_id);
+        }
+        owners
+    }
+
+    /// Everything registered, as the catalogue takes it; what the source does not allow is judged there.
+    pub fn registrations(&self) -> Registrations {
+        let owners = self.owners();
+        let mut registrations = Registrations::new();
+        for session in self.sessions.values().filter(|session| owners[&session.instance] == &session.spiffe_id) {
+            for ((service, port), delivery) in &session.claims {
+                let instances = registrations.entry(service.clone()).or_default();
+                let registered = instances.entry(session.instance.clone()).or_insert_with(|| Registered {
+                    endpoint: endpoint_id(&self.cluster, service, session.instance.as_str()),
+                    spiffe_id: session.spiffe_id.clone(),
+                    zone: session.zone.clone(),
+                    ports: BTreeMap::new(),
+                });
+                registered.ports.insert(*port, delivery.clone());
+            }
+        }
+        registrations
+    }
+
+    /// What is decided about each claim of each sidecar.
+    pub fn verdicts(&self, state: &LocalState) -> BTreeMap<SessionId, Vec<Verdict>> {
+        let owners = self.owners();
+        let verdicts_of = |session: &Session| {
+            let claims = session.claims.iter().map(|((service, port), delivery)| {
+                let judged = registration::check(state, service, *port, &session.spiffe_id);
+                let taken = owners[&session.instance] != &session.spiffe_id;
+                let refused = judged.err().map(|refused| refused.to_string());
+                let in_use = || taken.then(|| format!("instance {} is in use by another identity", session.instance));
+                Verdict {
+                    service: service.clone(),
+                    port: *port,
+                    ready: delivery.ready,
+                    refused: refused.or_else(in_use),
+                    endpoint: endpoint_for(state, &self.cluster, service, &session.instance),
+                }
+            });
+            claims.collect()
+        };
+        self.sessions.iter().map(|(id, session)| (*id, verdicts_of(session))).collect()
+    }
+
+    /// Identity, instance and whether the stream stands, of every sidecar.
+    pub fn sidecars(&self) -> impl Iterator<Item = (SessionId, &SpiffeId, &InstanceName, bool)> {
+        self.sessions.iter().map(|(id, s)| (*id, &s.spiffe_id, &s.instance, s.left.is_none()))
+    }
+
+    /// Services that a sidecar has registered.
+    pub fn services(&self, session: SessionId) -> BTreeSet<ServiceName> {
+        let claims = self.sessions.get(&session).into_iter().flat_map(|session| session.claims.keys());
+        claims.map(|(service, _)| service.clone()).collect()
+    }
+}
+
+/// A slice that names the instance gives the endpoint its id.
+fn endpoint_for(state: &LocalState, cluster: &ClusterId, service: &ServiceName, instance: &InstanceName) -> EndpointId {
+    let declared = state.services.get(service).into_iter().flat_map(|service| &service.endpoints);
+    let mut named = declared.filter(|(_, endpoint)| endpoint.instance.as_ref() == Some(instance));
+    named.next().map_or_else(|| endpoint_id(cluster, service, instance.as_str()), |(id, _)| id.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const WEB: &str = "spiffe://east/ns/shop/sa/web";
+
+    fn claim(ready: bool) -> Vec<Claim> {
+        let service = "shop/web".parse().unwrap();
+        vec![Claim { service, port: 80, inbound_address: "127.0.0.1:1".into(), ready }]
+    }
+
+    fn joined(registry: &mut Registry, session: u64, id: &str) -> SessionId {
+        let session = SessionId(session);
+        assert!(registry.handle_joined(session, id.parse().unwrap(), "web-1".parse().unwrap(), None));
+        session
+    }
+
+    /// The instances registered for shop/web and whether port 80 is ready.
+    fn ready(registry: &Registry) -> Vec<bool> {
+        let registrations = registry.registrations();
+        let web = registrations.values().flat_map(BTreeMap::values);
+        web.map(|registered| registered.ports[&80].ready).collect()
+    }
+
+    #[test]
+    fn a_registration_outlives_its_stream_by_the_grace() {
+        let (now, mut registry) = (Instant::now(), Registry::new("east".parse().unwrap()));
+        let session = joined(&mut registry, 1, WEB);
+        assert!(registry.handle_register(session, claim(true)));
+        assert!(!registry.handle_register(session, claim(true)));
+        registry.handle_left(session, now);
+        assert_eq!(registry.poll_timeout(), Some(now + GRACE));
+        assert!(!registry.handle_timeout(now + GRACE - Duration::from_millis(1)));
+        assert_eq!(ready(&registry), [true]);
+        assert!(registry.handle_timeout(now + GRACE));
+        assert!(ready(&registry).is_empty());
+    }
+
+    #[test]
+    fn a_reconnect_takes_over_without_a_gap() {
+        let (now, mut registry) = (Instant::now(), Registry::new("east".parse().unwrap()));
+        let first = joined(&mut registry, 1, WEB);
+        registry.handle_register(first, claim(true));
+        let second = joined(&mut registry, 2, WEB);
+        registry.handle_left(first, now);
+        assert_eq!(ready(&registry), [true], "still there before the new stream has registered");
+        assert!(registry.handle_register(second, claim(false)));
+        assert_eq!(ready(&registry), [false]);
+        assert!(!registry.handle_timeout(now + GRACE), "the old session ended when the new one took over");
+    }
+
+    #[test]
+    fn readiness_changes_only_what_is_registered() {
+        let mut registry = Registry::new("east".parse().unwrap());
+        let session = joined(&mut registry, 1, WEB);
+        registry.handle_register(session, claim(false));
+        let web: ServiceName = "shop/web".parse().unwrap();
+        assert!(registry.handle_readiness(session, web.clone(), 80, true));
+        assert!(!registry.handle_readiness(session, web.clone(), 80, true));
+        assert!(!registry.handle_readiness(session, web, 81, true));
+        assert_eq!(ready(&registry), [true]);
+    }
+
+    #[test]
+    fn another_identity_cannot_take_an_instance_that_is_in_use() {
+        let mut registry = Registry::new("east".parse().unwrap());
+        let first = joined(&mut registry, 1, WEB);
+        registry.handle_register(first, claim(true));
+        let other = joined(&mut registry, 2, "spiffe://east/ns/shop/sa/other");
+        registry.handle_register(other, claim(false));
+        assert_eq!(ready(&registry), [true]);
+        let verdicts = registry.verdicts(&LocalState::default());
+        assert!(verdicts[&other][0].refused.is_some());
+    }
+
+    #[test]
+    fn endpoint_ids_are_stable_and_opaque() {
+        let id = endpoint_id(&"east".parse().unwrap(), &"shop/web".parse().unwrap(), "web-1");
+        assert_eq!(id.as_str().len(), 16);
+        assert_eq!(id, endpoint_id(&"east".parse().unwrap(), &"shop/web".parse().unwrap(), "web-1"));
+        assert_ne!(id, endpoint_id(&"west".parse().unwrap(), &"shop/web".parse().unwrap(), "web-1"));
+    }
+}
