@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
+use tombolo_api::proto::catalog::TrustBundle;
 use tombolo_core::id::{ClusterId, GatewayId, InstanceName, Position, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::import::Import;
 use tombolo_core::model::{Authority, GatewayAddress};
@@ -24,7 +25,8 @@ use tombolo_trust::bundle::Bundle;
 use tombolo_trust::store::TrustStore;
 
 use crate::registry::{Claim, SessionId};
-use crate::sync::durable::ImportStore;
+use crate::store::{Store, StoreError};
+use crate::sync::durable;
 use state::State;
 pub use view::{GatewayView, PeerView, Reach, SidecarView, TunnelView, View};
 
@@ -42,8 +44,9 @@ pub struct PeerRecord {
     pub trust_domain: TrustDomain,
     /// The grants given at the invitation; a `ClusterPeer` resource in the source replaces them.
     pub authority: Authority,
-    /// The bundle exchanged at the peering; one with a higher sequence that came by sync wins.
-    pub bundle: Bundle,
+    /// The bundle exchanged at the peering; one with a higher sequence that came by sync wins. One whose
+    /// roots are not CAs of `trust_domain` is not trusted.
+    pub bundle: TrustBundle,
     /// Gateways named at the peering, used until the peer publishes its own.
     pub gateways: Vec<GatewayAddress>,
 }
@@ -171,7 +174,7 @@ pub struct HubHandle {
     events: mpsc::Sender<PeeringEvent>,
     view: Arc<ArcSwap<View>>,
     changes: watch::Receiver<u64>,
-    imports: ImportStore,
+    store: Store,
     sessions: Arc<AtomicU64>,
 }
 
@@ -184,7 +187,7 @@ impl HubHandle {
     /// A peer exists: called for each stored peer at the start, and after a new one was stored. Replaces
     /// the record of the same cluster. Returns when the peer is trusted and its tunnel is asked for.
     pub async fn peer_added(&self, record: PeerRecord) -> Result<(), HubGone> {
-        let import = self.imports.load(&record.cluster, &record.trust_domain).await;
+        let import = durable::load(&self.store, &record.cluster, &record.trust_domain).await;
         self.ask(|done| Input::PeerAdded(Box::new(record), Box::new(import), done)).await
     }
 
@@ -192,7 +195,7 @@ impl HubHandle {
     /// are withdrawn from every view; gateways and sidecars are told at once.
     pub async fn peer_removed(&self, cluster: ClusterId) -> Result<(), HubGone> {
         self.ask(|done| Input::PeerRemoved(cluster.clone(), done)).await?;
-        self.imports.remove(&cluster).await;
+        durable::remove(&self.store, &cluster).await;
         Ok(())
     }
 
@@ -241,8 +244,8 @@ impl HubHandle {
     }
 
     /// Makes what is held of a peer durable.
-    pub(crate) async fn keep(&self, cluster: &ClusterId, import: Import) -> std::io::Result<()> {
-        self.imports.save(cluster, import).await
+    pub(crate) async fn keep(&self, cluster: &ClusterId, import: Import) -> Result<(), StoreError> {
+        durable::save(&self.store, cluster, import).await
     }
 
     /// What a peer that holds everything up to `from` must be told, and the position it has then.
@@ -331,18 +334,15 @@ impl HubHandle {
 }
 
 /// What a hub starts with.
-#[derive(Debug)]
 pub struct HubStart {
     pub cluster: ClusterId,
     pub trust_domain: TrustDomain,
-    /// The store's epoch, opened anew at each start; above zero.
-    pub epoch: u64,
     /// The own CA's published bundle.
     pub bundle: Bundle,
     /// Follows what the hub knows: own and peers' bundles, and everything revoked.
     pub trust: TrustStore,
-    /// What was held of each peer.
-    pub imports: ImportStore,
+    /// Keeps what is held of each peer.
+    pub store: Store,
     pub metrics: Metrics,
 }
 
@@ -351,12 +351,12 @@ pub fn start(start: HubStart) -> (HubHandle, mpsc::Receiver<PeeringEvent>) {
     let (inputs, received) = mpsc::channel(INPUTS_MAX);
     let (events, peering) = mpsc::channel(PEERING_EVENTS_MAX);
     let (changed, changes) = watch::channel(0);
-    let imports = start.imports.clone();
+    let store = start.store.clone();
     let state = State::new(start, LOG_COST_MAX, Instant::now().into_std());
     let view = Arc::new(ArcSwap::new(state.view()));
     tokio::spawn(run(state, received, view.clone(), changed));
     let sessions = Arc::new(AtomicU64::new(1));
-    (HubHandle { inputs, events, view, changes, imports, sessions }, peering)
+    (HubHandle { inputs, events, view, changes, store, sessions }, peering)
 }
 
 async fn run(

@@ -3,12 +3,16 @@
 //! One task owns the mutable state ([`hub`]); servers and clients around it send it inputs over a
 //! bounded channel and read immutable snapshots.
 
+pub mod config;
 pub mod discovery;
 pub mod hub;
 pub mod identity;
 pub mod operator;
 pub mod peering;
 pub mod registry;
+pub mod report;
 pub mod source;
 pub mod store;
 pub mod sync;
+
+pub use config::Config;

@@ -7,11 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use aws_lc_rs::digest;
 use tombolo_core::catalog::Delivery;
 use tombolo_core::id::{ClusterId, EndpointId, InstanceName, ServiceName, SpiffeId};
 use tombolo_core::registration::{self, Registered, Registrations};
 use tombolo_core::source::LocalState;
+
+use crate::source::endpoint_id;
 
 /// How long a registration outlives its stream.
 pub const GRACE: Duration = Duration::from_secs(3);
@@ -60,13 +61,6 @@ struct Session {
 pub struct Registry {
     cluster: ClusterId,
     sessions: BTreeMap<SessionId, Session>,
-}
-
-/// The opaque id of an endpoint: the first 16 hex digits of SHA-256 over cluster, service and instance.
-pub fn endpoint_id(cluster: &ClusterId, service: &ServiceName, instance: &str) -> EndpointId {
-    let digest = digest::digest(&digest::SHA256, format!("{cluster}\n{service}\n{instance}").as_bytes());
-    let hex = data_encoding::HEXLOWER.encode(&digest.as_ref()[..8]);
-    hex.parse().expect("hex digits are a DNS label")
 }
 
 impl Registry {
@@ -288,13 +282,5 @@ mod tests {
         assert_eq!(ready(&registry), [true]);
         let verdicts = registry.verdicts(&LocalState::default());
         assert!(verdicts[&other][0].refused.is_some());
-    }
-
-    #[test]
-    fn endpoint_ids_are_stable_and_opaque() {
-        let id = endpoint_id(&"east".parse().unwrap(), &"shop/web".parse().unwrap(), "web-1");
-        assert_eq!(id.as_str().len(), 16);
-        assert_eq!(id, endpoint_id(&"east".parse().unwrap(), &"shop/web".parse().unwrap(), "web-1"));
-        assert_ne!(id, endpoint_id(&"west".parse().unwrap(), &"shop/web".parse().unwrap(), "web-1"));
     }
 }

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
-use tombolo_core::id::{SpiffeId, TrustDomain};
+use tombolo_core::id::{Role, SpiffeId, TrustDomain};
 use tombolo_core::refusal::Refusal;
 use tombolo_core::sni::LegTarget;
 use tombolo_core::trace::TraceParent;
@@ -31,7 +31,8 @@ pub struct LegRequest {
     pub target: LegTarget,
     /// The trust domain of the target's cluster; only its bundle verifies the server.
     pub trust_domain: TrustDomain,
-    /// The identities that the export names for its servers.
+    /// The identities that the export names for its servers. The implicit export of a federation names none:
+    /// its server is any instance of that role of `trust_domain`.
     pub server_ids: Arc<BTreeSet<SpiffeId>>,
     pub via: Via,
     pub alpn: Alpn,
@@ -97,7 +98,8 @@ pub struct Dialer {
 }
 
 /// The address of the set of identities stands for the set, which the entry keeps alive.
-type ConfigKey = (usize, TrustDomain, Alpn);
+type ConfigKey = (usize, TrustDomain, Alpn, IsFederation);
+type IsFederation = bool;
 
 #[derive(Debug)]
 struct CachedConfig {
@@ -190,13 +192,19 @@ impl Dialer {
     }
 
     fn config(&self, request: &LegRequest) -> Arc<ClientConfig> {
-        let key = (Arc::as_ptr(&request.server_ids).addr(), request.trust_domain.clone(), request.alpn);
+        let is_federation = request.target.is_federation();
+        let trust_domain = request.trust_domain.clone();
+        let key = (Arc::as_ptr(&request.server_ids).addr(), trust_domain.clone(), request.alpn, is_federation);
         let mut configs = self.configs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(cached) = configs.get(&key) {
             return cached.config.clone();
         }
         let ids = request.server_ids.clone();
-        let expectation = ServerExpectation::Ids { trust_domain: request.trust_domain.clone(), ids: ids.clone() };
+        let expectation = if is_federation {
+            ServerExpectation::Role { trust_domain, role: Role::Federation }
+        } else {
+            ServerExpectation::Ids { trust_domain, ids: ids.clone() }
+        };
         let config = tls::client_config(&self.svid, &self.trust, expectation, &[request.alpn.as_bytes()]);
         if configs.len() >= CONFIGS_MAX {
             configs.clear();

@@ -7,7 +7,7 @@ use tombolo_core::freshness;
 use tombolo_core::id::{ClusterId, Position};
 use tombolo_core::import::Import;
 use tombolo_core::model::{Authority, Freshness};
-use tombolo_core::publish::{Publication, Published, Update};
+use tombolo_core::publish::{Publication, Published, Roots, Update};
 use tombolo_trust::bundle::Bundle;
 
 use super::state::State;
@@ -48,11 +48,14 @@ impl State {
         let known = self.peers.get(&cluster).is_some_and(|known| known.record.trust_domain == record.trust_domain);
         if known {
             // What is in memory is at least as new as what was kept.
-            let roots = Arc::new(roots_of(&record.bundle));
-            self.catalog.handle_roots(&cluster, roots);
+            if let Some(roots) = exchanged_roots(&record) {
+                self.catalog.handle_roots(&cluster, roots);
+            }
         } else {
             self.handle_peer_removed(&cluster);
-            import.seed_roots(Arc::new(roots_of(&record.bundle)));
+            if let Some(roots) = exchanged_roots(&record) {
+                import.seed_roots(roots);
+            }
             let changed = self.catalog.handle_peer_added(cluster.clone(), record.authority.clone(), import);
             self.dirty.services |= !changed.is_empty();
         }
@@ -234,5 +237,21 @@ impl State {
             refused_there: peer.refused_there.clone(),
         };
         Some((cluster.clone(), Arc::new(view)))
+    }
+}
+
+/// The roots exchanged at the peering, if they are the peer's own.
+fn exchanged_roots(record: &PeerRecord) -> Option<Arc<Roots>> {
+    match Bundle::from_wire(record.bundle.clone()) {
+        Ok(bundle) if *bundle.trust_domain() == record.trust_domain => Some(Arc::new(roots_of(&bundle))),
+        Ok(bundle) => {
+            let (cluster, domain) = (&record.cluster, bundle.trust_domain());
+            tracing::error!(%cluster, %domain, "the stored bundle of the peer is of another trust domain");
+            None
+        }
+        Err(error) => {
+            tracing::error!(cluster = %record.cluster, %error, "the stored bundle of the peer is bad");
+            None
+        }
     }
 }

@@ -63,7 +63,6 @@ impl Gateway {
 
 pub(super) struct State {
     pub(super) cluster: ClusterId,
-    pub(super) trust_domain: TrustDomain,
     pub(super) epoch: u64,
     pub(super) bundle: Bundle,
     pub(super) revocations: Arc<Revocations>,
@@ -86,11 +85,12 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn new(start: HubStart, log_cost_max: usize, now: Instant) -> Self {
-        let HubStart { cluster, trust_domain, epoch, bundle, trust, imports: _, metrics } = start;
+        let HubStart { cluster, trust_domain, bundle, trust, store, metrics } = start;
+        let epoch = store.epoch();
         let view = View {
             generation: 0,
             cluster: cluster.clone(),
-            trust_domain: trust_domain.clone(),
+            trust_domain,
             epoch,
             services: Arc::default(),
             peers: Arc::default(),
@@ -104,7 +104,6 @@ impl State {
             catalog: Catalog::new(cluster.clone()),
             registry: Registry::new(cluster.clone()),
             cluster,
-            trust_domain,
             epoch,
             bundle,
             revocations: Arc::default(),
@@ -212,7 +211,10 @@ impl State {
 
     /// Answers those who wait for their input to be in the view.
     pub(super) fn answer(&mut self) {
-        self.answers.drain(..).for_each(|done| drop(done.send(())));
+        for done in self.answers.drain(..) {
+            // Whoever asked may have stopped waiting.
+            let _ = done.send(());
+        }
     }
 
     fn handle_timeout(&mut self, now: Instant) {
@@ -275,10 +277,16 @@ impl State {
     }
 
     fn handle_tunnels(&mut self, session: SessionId, tunnels: Vec<TunnelView>) {
-        if let Some(gateway) = self.gateway_of(session) {
-            gateway.tunnels = tunnels;
-            self.dirty.quiet = true;
-        }
+        let Some(gateway) = self.gateway_of(session) else { return };
+        let answers = |tunnels: &[TunnelView]| -> BTreeSet<ClusterId> {
+            let up = tunnels.iter().filter(|tunnel| tunnel.reach == Reach::Up);
+            up.map(|tunnel| tunnel.cluster.clone()).collect()
+        };
+        // Measurements come all the time; only whether a tunnel answers is news to anybody.
+        let news = answers(&gateway.tunnels) != answers(&tunnels);
+        gateway.tunnels = tunnels;
+        self.dirty.view |= news;
+        self.dirty.quiet = true;
     }
 
     fn handle_gateway_left(&mut self, session: SessionId, now: Instant) {

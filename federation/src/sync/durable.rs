@@ -1,87 +1,48 @@
-//! What is held of each peer, kept over restarts: one file per peer, written whole and in one step.
+//! What is held of each peer, kept over restarts in the store.
 //!
-//! A file is the run of updates that leads to the state, each with its length in front, as they would
+//! It is kept as the run of updates that leads to the state, each with its length in front, as they would
 //! come over the wire.
 
-use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use prost::Message;
 use tombolo_api::proto::peer as wire;
 use tombolo_core::id::{ClusterId, TrustDomain};
 use tombolo_core::import::Import;
-use tombolo_trust::atomic;
 
 use super::wire::{from_wire, to_wire};
 use crate::hub::PeerMessage;
+use crate::store::{Store, StoreError};
 
-/// The folder with one file per peer. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct ImportStore {
-    folder: Arc<Path>,
-    /// Peers that may be written: a save that was under way when its peer was removed must not bring it back.
-    peers: Arc<Mutex<BTreeSet<ClusterId>>>,
+/// What was kept of a peer whose identities lie in `trust_domain`; nothing when there is none or it can't
+/// be read, so that everything is asked for again.
+pub(crate) async fn load(store: &Store, cluster: &ClusterId, trust_domain: &TrustDomain) -> Import {
+    let (store, id) = (store.clone(), cluster.clone());
+    let kept = tokio::task::spawn_blocking(move || store.import(&id)).await.expect("reading does not panic");
+    let read = match kept {
+        Ok(Some(octets)) => decode(&octets, trust_domain).map_err(|error| error.to_string()),
+        Ok(None) => Ok(Import::new(trust_domain.clone())),
+        Err(error) => Err(error.to_string()),
+    };
+    read.unwrap_or_else(|error| {
+        tracing::warn!(%cluster, error, "what was kept of the peer can't be read; asking for all of it");
+        Import::new(trust_domain.clone())
+    })
 }
 
-impl ImportStore {
-    /// Files go into `folder`, which is made when it is first needed.
-    pub fn new(folder: PathBuf) -> Self {
-        Self { folder: folder.into(), peers: Arc::default() }
-    }
+/// Makes what is held of a peer durable; nothing is kept of one that is no longer a peer.
+pub(crate) async fn save(store: &Store, cluster: &ClusterId, import: Import) -> Result<(), StoreError> {
+    let (store, cluster) = (store.clone(), cluster.clone());
+    let save = move || store.save_import(&cluster, &encode(&import));
+    tokio::task::spawn_blocking(save).await.expect("saving does not panic")
+}
 
-    /// What was kept of a peer whose identities lie in `trust_domain`; nothing when there is none or it
-    /// can't be read, so that everything is asked for again.
-    pub async fn load(&self, cluster: &ClusterId, trust_domain: &TrustDomain) -> Import {
-        let (store, cluster, trust_domain) = (self.clone(), cluster.clone(), trust_domain.clone());
-        let nothing = Import::new(trust_domain.clone());
-        let load = tokio::task::spawn_blocking(move || {
-            store.peers.lock().unwrap_or_else(PoisonError::into_inner).insert(cluster.clone());
-            match read(&store.path(&cluster), &trust_domain) {
-                Ok(import) => import,
-                Err(error) => {
-                    tracing::warn!(%cluster, %error, "what was kept of the peer can't be read; asking for all of it");
-                    Import::new(trust_domain)
-                }
-            }
-        });
-        load.await.unwrap_or(nothing)
-    }
-
-    /// Makes what is held of a peer durable.
-    pub async fn save(&self, cluster: &ClusterId, import: Import) -> io::Result<()> {
-        let (store, cluster) = (self.clone(), cluster.clone());
-        let save = move || {
-            let bytes = encode(&import);
-            let peers = store.peers.lock().unwrap_or_else(PoisonError::into_inner);
-            if peers.contains(&cluster) {
-                atomic::create_private_dir(&store.folder)?;
-                atomic::write_private(&store.path(&cluster), &bytes)?;
-            }
-            Ok(())
-        };
-        tokio::task::spawn_blocking(save).await.map_err(io::Error::other)?
-    }
-
-    /// Forgets a peer.
-    pub async fn remove(&self, cluster: &ClusterId) {
-        let (store, cluster) = (self.clone(), cluster.clone());
-        let remove = move || {
-            let mut peers = store.peers.lock().unwrap_or_else(PoisonError::into_inner);
-            peers.remove(&cluster);
-            match std::fs::remove_file(store.path(&cluster)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::error!(%cluster, %error, "what was held of a removed peer could not be deleted");
-                }
-                _ => {}
-            }
-        };
-        let _ = tokio::task::spawn_blocking(remove).await;
-    }
-
-    fn path(&self, cluster: &ClusterId) -> PathBuf {
-        self.folder.join(format!("{cluster}.updates"))
+/// Forgets a peer.
+pub(crate) async fn remove(store: &Store, cluster: &ClusterId) {
+    let (store, id) = (store.clone(), cluster.clone());
+    let removed = tokio::task::spawn_blocking(move || store.remove_import(&id)).await;
+    if let Ok(Err(error)) = removed {
+        tracing::error!(%cluster, %error, "what was held of a removed peer could not be deleted");
     }
 }
 
@@ -91,15 +52,6 @@ fn encode(import: &Import) -> Vec<u8> {
         to_wire(&update).encode_length_delimited(&mut bytes).expect("a Vec grows");
     }
     bytes
-}
-
-fn read(path: &Path, trust_domain: &TrustDomain) -> io::Result<Import> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Import::new(trust_domain.clone())),
-        Err(error) => return Err(error),
-    };
-    decode(&bytes, trust_domain)
 }
 
 /// A file without its end, or with one update that can't be read, counts for nothing.
@@ -139,19 +91,6 @@ mod tests {
             import.handle_update(update).unwrap();
         }
         import
-    }
-
-    #[tokio::test]
-    async fn what_is_saved_is_loaded_until_the_peer_is_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let store = ImportStore::new(folder.path().join("imports"));
-        let west = "west".parse().unwrap();
-        assert_eq!(store.load(&west, &domain()).await, Import::new(domain()));
-        store.save(&west, import()).await.unwrap();
-        assert_eq!(store.load(&west, &domain()).await, import());
-        store.remove(&west).await;
-        store.save(&west, import()).await.unwrap();
-        assert_eq!(store.load(&west, &domain()).await, Import::new(domain()), "a late save brings nothing back");
     }
 
     #[test]

@@ -1,0 +1,119 @@
+//! The federation's configuration: one YAML file, parsed once.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tombolo_core::id::{ClusterId, TrustDomain};
+use tombolo_runtime::config::{Problem, Validate};
+use tombolo_runtime::logging::LogConfig;
+use tombolo_runtime::telemetry::TelemetryConfig;
+
+/// Shortest and longest life of an SVID that makes sense: renewal happens at half of it.
+const SVID_LIFE_MIN: Duration = Duration::from_secs(4);
+const SVID_LIFE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Everything a federation is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    pub cluster: ClusterId,
+    /// The cluster's own trust domain; `<cluster>.tombolo` if absent. It can't be changed later.
+    pub trust_domain: Option<TrustDomain>,
+    /// Directory of the CA, of peers and of everything else that must outlive a restart.
+    pub state: PathBuf,
+    pub source: SourceConfig,
+    /// Discovery and identity, for this cluster's sidecars and gateways.
+    #[serde(default = "default_discovery")]
+    pub discovery: SocketAddr,
+    /// Inner legs of peer sync, brought by this cluster's gateways.
+    #[serde(default = "default_legs")]
+    pub legs: SocketAddr,
+    #[serde(default = "default_admin")]
+    pub admin: SocketAddr,
+    /// How long an SVID lives; it is renewed at half of that.
+    #[serde(default = "default_svid_life", with = "humantime_serde")]
+    pub svid_life: Duration,
+    #[serde(default)]
+    pub telemetry: TelemetryConfig,
+    #[serde(default)]
+    pub log: LogConfig,
+    #[serde(default = "default_drain_deadline", with = "humantime_serde")]
+    pub drain_deadline: Duration,
+}
+
+/// Where the cluster's own services are declared.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SourceConfig {
+    /// Directory of Kubernetes-shaped YAML, watched.
+    pub directory: PathBuf,
+}
+
+fn default_discovery() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, 15010).into()
+}
+
+fn default_legs() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, 0).into()
+}
+
+fn default_admin() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, 15020).into()
+}
+
+fn default_svid_life() -> Duration {
+    Duration::from_secs(3600)
+}
+
+fn default_drain_deadline() -> Duration {
+    Duration::from_secs(10)
+}
+
+impl Config {
+    pub fn trust_domain(&self) -> TrustDomain {
+        let derived = || format!("{}.tombolo", self.cluster).parse().expect("a cluster id is part of a trust domain");
+        self.trust_domain.clone().unwrap_or_else(derived)
+    }
+}
+
+impl Validate for Config {
+    fn validate(&self) -> Vec<Problem> {
+        let mut problems = self.telemetry.problems("telemetry");
+        problems.extend(self.log.problems("log"));
+        if !(SVID_LIFE_MIN..=SVID_LIFE_MAX).contains(&self.svid_life) {
+            problems.push(Problem::new("svidLife", "write 4s to 30days"));
+        }
+        if !self.source.directory.is_dir() {
+            problems.push(Problem::new("source.directory", "no such directory"));
+        }
+        problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use std::path::Path;
+    use tombolo_runtime::config::parse;
+
+    #[test]
+    fn little_has_to_be_said() {
+        let text = "cluster: east\nstate: /var/lib/x\nsource: {directory: /}\n";
+        let config: Config = parse(text, Path::new("f.yaml")).unwrap();
+        assert_eq!(config.trust_domain().as_str(), "east.tombolo");
+        assert_eq!((config.discovery.port(), config.legs.port(), config.admin.port()), (15010, 0, 15020));
+        assert_eq!(config.svid_life, Duration::from_secs(3600));
+    }
+
+    #[test]
+    fn what_can_not_work_is_refused_at_its_line() {
+        let text = "cluster: east\nstate: /x\nsource:\n  directory: /no/such\nsvidLife: 1s\n";
+        let refused = parse::<Config>(text, Path::new("f.yaml")).unwrap_err().to_string();
+        assert!(refused.contains("f.yaml:5:") && refused.contains("svidLife"), "{refused}");
+        assert!(refused.contains("f.yaml:4:") && refused.contains("source.directory"), "{refused}");
+    }
+}

@@ -1,0 +1,142 @@
+//! Views of the hub as discovery tells them.
+
+use std::collections::BTreeMap;
+
+use tombolo_api::convert::{InvalidMessage, name, port};
+use tombolo_api::proto::discovery as proto;
+use tombolo_core::catalog::ServiceView;
+use tombolo_core::id::TrustDomain;
+use tombolo_core::model::{Freshness, Origin, Transport};
+
+use crate::hub::{GatewayView, Reach, TunnelView, View};
+use crate::registry::Claim;
+use crate::sync::wire::gateway_to_wire;
+
+/// Characters of an address.
+const ADDRESS_LEN_MAX: usize = 262;
+/// Characters of a tunnel's last error.
+const ERROR_LEN_MAX: usize = 500;
+/// Trust domains whose bundles may be reported at once.
+const BUNDLES_MAX: usize = 1024;
+
+pub(super) fn bundles(view: &View) -> proto::Bundles {
+    let bundle = |(cluster, bundle): (&tombolo_core::id::ClusterId, &tombolo_trust::bundle::Bundle)| {
+        proto::ClusterBundle { cluster: cluster.to_string(), bundle: Some(bundle.to_wire()) }
+    };
+    proto::Bundles { bundles: view.bundles.iter().map(bundle).collect() }
+}
+
+pub(super) fn gateways(view: &View) -> proto::LocalGateways {
+    let gateway = |gateway: &GatewayView| proto::LocalGateway {
+        gateway_id: gateway.gateway.to_string(),
+        ingress_address: gateway.ingress_address.clone(),
+        watch_address: gateway.watch_address.clone(),
+        spiffe_id: gateway.spiffe_id.to_string(),
+    };
+    let connected = view.gateways.values().filter(|gateway| gateway.connected);
+    proto::LocalGateways { gateways: connected.map(|connected| gateway(connected)).collect() }
+}
+
+/// One service with every share; where its local endpoints are delivered is told with the local one.
+pub(super) fn service(view: &ServiceView) -> proto::Service {
+    let deliveries = || {
+        let endpoints = view.deliveries.iter();
+        endpoints.flat_map(|(endpoint, ports)| {
+            ports.iter().map(|(port, delivery)| proto::LocalDelivery {
+                endpoint_id: endpoint.to_string(),
+                port: (*port).into(),
+                inbound_address: delivery.address.clone(),
+            })
+        })
+    };
+    let share = |share: &tombolo_core::model::ClusterShare| proto::Share {
+        cluster: share.cluster.to_string(),
+        local: share.origin == Origin::Local,
+        freshness: freshness(share.freshness).into(),
+        export: Some((&share.export).into()),
+        deliveries: if share.origin == Origin::Local { deliveries().collect() } else { Vec::new() },
+    };
+    proto::Service { service: view.service.to_string(), shares: view.shares.iter().map(share).collect() }
+}
+
+fn freshness(freshness: Freshness) -> proto::Freshness {
+    freshness.into()
+}
+
+pub(super) fn snapshot(view: &View) -> proto::GatewaySnapshot {
+    let peer = |peer: &crate::hub::PeerView| proto::PeerLink {
+        cluster: peer.cluster.to_string(),
+        trust_domain: peer.trust_domain.to_string(),
+        gateways: peer.gateways.iter().map(gateway_to_wire).collect(),
+    };
+    let offered = view.services.values().filter(|service| !service.offered_to.is_empty());
+    proto::GatewaySnapshot {
+        peers: view.peers.values().map(|one| peer(one)).collect(),
+        deliveries: offered.flat_map(|service| deliveries(service)).collect(),
+        bundles: Some(bundles(view)),
+    }
+}
+
+/// Every TCP port of an offered service, with the endpoints that deliver it; perhaps none.
+fn deliveries(view: &ServiceView) -> impl Iterator<Item = proto::Delivery> {
+    let own = view.shares.iter().find(|share| share.origin == Origin::Local);
+    let ports = own.into_iter().flat_map(|share| &share.export.ports);
+    let tcp = ports.filter(|port| port.transport == Transport::Tcp).map(|port| port.port);
+    tcp.map(|port| {
+        let endpoints = view.deliveries.iter().filter_map(|(endpoint, ports)| {
+            let delivery = ports.get(&port)?;
+            Some(proto::DeliveryEndpoint {
+                endpoint_id: endpoint.to_string(),
+                inbound_address: delivery.address.clone(),
+                ready: delivery.ready,
+            })
+        });
+        proto::Delivery {
+            service: view.service.to_string(),
+            port: port.into(),
+            clusters: view.offered_to.iter().map(ToString::to_string).collect(),
+            endpoints: endpoints.collect(),
+        }
+    })
+}
+
+pub(super) fn claim(wire: proto::Registration) -> Result<Claim, InvalidMessage> {
+    Ok(Claim {
+        service: name("service", &wire.service)?,
+        port: port("port", wire.port)?,
+        inbound_address: address("inbound_address", wire.inbound_address)?,
+        ready: wire.ready,
+    })
+}
+
+pub(super) fn address(field: &'static str, text: String) -> Result<String, InvalidMessage> {
+    if text.len() <= ADDRESS_LEN_MAX && text.contains(':') {
+        return Ok(text);
+    }
+    Err(InvalidMessage::Value { field, reason: "write host:port" })
+}
+
+pub(super) fn tunnel(wire: proto::TunnelState) -> Result<TunnelView, InvalidMessage> {
+    let reach = match wire.reach() {
+        proto::Reach::Unknown => Reach::Unknown,
+        proto::Reach::Up => Reach::Up,
+        proto::Reach::Suspect => Reach::Suspect,
+        proto::Reach::Down => Reach::Down,
+    };
+    let remote = (!wire.remote_gateway_id.is_empty()).then(|| name("remote_gateway_id", &wire.remote_gateway_id));
+    Ok(TunnelView {
+        cluster: name("cluster", &wire.cluster)?,
+        remote_gateway: remote.transpose()?,
+        reach,
+        rtt_us: wire.rtt_us,
+        remote_address: wire.remote_address.chars().take(ADDRESS_LEN_MAX).collect(),
+        dialled_here: wire.dialled_here,
+        legs: wire.legs,
+        last_error: wire.last_error.chars().take(ERROR_LEN_MAX).collect(),
+    })
+}
+
+pub(super) fn bundles_in_force(wire: proto::BundlesInForce) -> Result<BTreeMap<TrustDomain, u64>, InvalidMessage> {
+    let sequences = wire.sequences.into_iter().take(BUNDLES_MAX);
+    sequences.map(|(domain, sequence)| Ok((name("trust domain", &domain)?, sequence))).collect()
+}
