@@ -25,7 +25,7 @@ use crate::bundle::{Bundle, InvalidBundle, ROOTS_MAX, root_sha256};
 use crate::certificate::read_root;
 use crate::key::{IdentityKey, KeyError};
 use crate::peering::sha256;
-use crate::svid::{InvalidSvid, Svid, timestamp};
+use crate::svid::{InvalidSvid, Svid, SvidSource, TICK, timestamp};
 
 /// Largest CSR that is looked into, in octets.
 pub const CSR_LEN_MAX: usize = 16 * 1024;
@@ -252,6 +252,35 @@ impl CertificateAuthority {
         Ok(Svid::new(chain, key.private_key_der())?)
     }
 
+    /// An SVID of this process's own, with a key that is never written, renewed on the current runtime for as
+    /// long as the source is used elsewhere.
+    pub fn own_svid(&self, id: &SpiffeId, life: Duration) -> Result<SvidSource, CaError> {
+        let (ca, id, key, source) = (self.clone(), id.clone(), IdentityKey::generate()?, SvidSource::new());
+        source.set(ca.issue_svid(&key, &id, life, Timestamp::now())?);
+        let own = source.clone();
+        tokio::spawn(async move {
+            let mut due = renewal_time(&own);
+            while own.is_shared() {
+                let now = Timestamp::now();
+                if now < due {
+                    tokio::time::sleep(due.duration_since(now).unsigned_abs().min(TICK)).await;
+                    continue;
+                }
+                match ca.issue_svid(&key, &id, life, now) {
+                    Ok(svid) => {
+                        own.set(svid);
+                        due = renewal_time(&own);
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, %id, "the own SVID can't be renewed");
+                        tokio::time::sleep(TICK).await;
+                    }
+                }
+            }
+        });
+        Ok(source)
+    }
+
     /// Publishes one more root, with a higher sequence; the active one goes on issuing until
     /// [`CertificateAuthority::activate`]. Durable before it returns. Yields the new root's SHA-256.
     pub fn add_root(&self) -> Result<[u8; 32], CaError> {
@@ -301,6 +330,10 @@ impl std::fmt::Debug for CertificateAuthority {
             .field("sequence", &state.bundle.sequence())
             .finish_non_exhaustive()
     }
+}
+
+fn renewal_time(source: &SvidSource) -> Timestamp {
+    source.current().map_or(Timestamp::MIN, |svid| svid.renewal_time(rand::random()))
 }
 
 fn backdate(life: Duration) -> Duration {

@@ -12,7 +12,7 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use tokio_stream::Stream;
@@ -29,7 +29,9 @@ pub const ALPN_H2: &[u8] = b"h2";
 /// How long a TCP connection and its handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Handshakes under way at once at one listener; above it, accepting waits.
-const HANDSHAKES_MAX: usize = 64;
+const HANDSHAKES_MAX: usize = 512;
+/// Connections open at once at one listener; above it, new ones are refused as [`Refusal::Overloaded`].
+const CONNECTIONS_MAX: usize = 8_192;
 /// Connections that wait for tonic to take them.
 const ACCEPTED_MAX: usize = 16;
 /// After this long without a word, the other side is asked whether it lives.
@@ -148,6 +150,7 @@ async fn accept_all(
     on_refused: OnRefused,
 ) {
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let permit = handshakes.clone().acquire_owned().await.expect("the semaphore is never closed");
         let (stream, address) = tokio::select! {
@@ -161,9 +164,13 @@ async fn accept_all(
             },
             () = ready.closed() => return,
         };
+        let Ok(open) = connections.clone().try_acquire_owned() else {
+            on_refused(Refusal::Overloaded, address);
+            continue;
+        };
         let (acceptor, ready, on_refused) = (acceptor.clone(), ready.clone(), on_refused.clone());
         tokio::spawn(async move {
-            let result = timeout(HANDSHAKE_TIMEOUT, handshake(stream, address, acceptor)).await;
+            let result = timeout(HANDSHAKE_TIMEOUT, handshake(stream, address, acceptor, open)).await;
             drop(permit);
             match result.unwrap_or(Err(Some(Refusal::HandshakeTimeout))) {
                 Ok(connection) => {
@@ -182,6 +189,7 @@ async fn handshake(
     stream: TcpStream,
     address: SocketAddr,
     acceptor: TlsAcceptor,
+    open: OwnedSemaphorePermit,
 ) -> Result<Connection, Option<Refusal>> {
     stream.set_nodelay(true).map_err(|_| None)?;
     let stream = acceptor.accept(stream).await.map_err(|error| match error.kind() {
@@ -192,7 +200,7 @@ async fn handshake(
         Some(chain) => Some(PeerId { id: identity_of(chain).map_err(Some)?, chain: chain.to_vec().into() }),
         None => None,
     };
-    Ok(Connection { stream, peer: Peer { id, address } })
+    Ok(Connection { stream, peer: Peer { id, address }, _open: open })
 }
 
 /// One accepted connection.
@@ -200,6 +208,8 @@ async fn handshake(
 pub struct Connection {
     stream: server::TlsStream<TcpStream>,
     peer: Peer,
+    /// Counts this connection as open.
+    _open: OwnedSemaphorePermit,
 }
 
 impl Connected for Connection {

@@ -5,18 +5,20 @@
 //! An SVID that expired during a pause renews with the same key within the grace that the federation states,
 //! and after that the join token is tried again.
 
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tombolo_core::backoff::Backoff;
+use tombolo_core::bundle::BundleRefused;
 use tombolo_core::id::{Role, TrustDomain};
 
 use crate::bundle::{Bundle, InvalidBundle};
 use crate::grpc;
 use crate::key::KeyError;
 use crate::store::TrustStore;
-use crate::svid::{Svid, SvidSource};
+use crate::svid::{Svid, SvidSource, TICK};
 use crate::tls::{ServerExpectation, client_config};
 
 mod exchange;
@@ -47,7 +49,7 @@ pub enum IdentityError {
     #[error(transparent)]
     Key(#[from] KeyError),
     #[error("can't use the state directory {path}: {source}", path = path.display())]
-    State { path: PathBuf, source: std::io::Error },
+    State { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Federation(#[from] grpc::InvalidAddress),
 }
@@ -55,8 +57,6 @@ pub enum IdentityError {
 /// First and longest wait after a failed exchange.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LONGEST: Duration = Duration::from_secs(5);
-/// The monotonic clock stands still while a machine sleeps, so the wall clock is looked at this often.
-const TICK: Duration = Duration::from_secs(2);
 
 /// Starts the client on the current runtime. A persisted SVID is in force when this returns, unless it has
 /// expired; otherwise wait for the first with [`SvidSource::wait`]. The client stops some seconds after the
@@ -93,9 +93,17 @@ impl Client {
         let key = persisted.key()?;
 
         let trust = TrustStore::new();
+        let kept = persisted.bundle().filter(|bundle| *bundle.trust_domain() == trust_domain);
+        if let Some(kept) = kept.as_ref().filter(|kept| is_stranger(&pinned, kept)) {
+            let (file, kept) = (pinned.sequence(), kept.sequence());
+            tracing::warn!(
+                file, kept, path = %config.state.join(persisted::FOLDER).display(),
+                "the CA file shares no root with the newer bundle that is kept; if the federation's CA was made anew, remove the kept folder"
+            );
+        }
         offer(&trust, pinned);
-        if let Some(bundle) = persisted.bundle().filter(|bundle| *bundle.trust_domain() == trust_domain) {
-            offer(&trust, bundle);
+        if let Some(kept) = kept {
+            offer(&trust, kept);
         }
         let svid = SvidSource::new();
         let latest = persisted.svid(&key).filter(|latest| *latest.id.trust_domain() == trust_domain);
@@ -135,12 +143,12 @@ impl Client {
     }
 
     fn next_renewal(&self) -> Timestamp {
-        self.latest.as_ref().map_or(Timestamp::MIN, |latest| renewal_time(latest, rand::random()))
+        self.latest.as_ref().map_or(Timestamp::MIN, |latest| latest.renewal_time(rand::random()))
     }
 
     /// One exchange: renews by the SVID that there is, else joins.
     async fn renew(&mut self) -> Result<(), ExchangeError> {
-        self.read_ca_file();
+        self.read_ca_file().await;
         let token = self.config.join.as_deref();
         let (chain, bundle) = self.exchange.run(self.latest.as_ref(), token).await?;
         if *bundle.trust_domain() != self.trust_domain {
@@ -152,8 +160,7 @@ impl Client {
             return Err(ExchangeError::OtherDomain(svid.id.trust_domain().clone()));
         }
         // It is used even if it can't be kept: a restart gets another with the same key.
-        let own = self.trust.snapshot().bundle(&self.trust_domain).cloned();
-        if let Err(error) = self.persisted.save(&svid, own.as_ref()) {
+        if let Err(error) = self.keep(&svid).await {
             let path = self.config.state.display();
             tracing::warn!(%error, %path, "the SVID can't be written; check space and permissions");
         }
@@ -163,9 +170,19 @@ impl Client {
         Ok(())
     }
 
+    /// Off this thread, which may carry requests: writing waits for the disk.
+    async fn keep(&self, svid: &Svid) -> io::Result<()> {
+        let (persisted, svid) = (self.persisted.clone(), svid.clone());
+        let bundle = self.trust.snapshot().bundle(&self.trust_domain).cloned();
+        let written = tokio::task::spawn_blocking(move || persisted.save(&svid, bundle.as_ref()));
+        written.await.unwrap_or_else(|stopped| Err(io::Error::other(stopped)))
+    }
+
     /// Whoever missed a rotation is helped by a new CA file.
-    fn read_ca_file(&self) {
-        match Bundle::load(&self.config.ca) {
+    async fn read_ca_file(&self) {
+        let path = self.config.ca.clone();
+        let Ok(read) = tokio::task::spawn_blocking(move || Bundle::load(&path)).await else { return };
+        match read {
             Ok(bundle) if *bundle.trust_domain() == self.trust_domain => offer(&self.trust, bundle),
             Ok(bundle) => {
                 let found = bundle.trust_domain();
@@ -176,20 +193,21 @@ impl Client {
     }
 }
 
+/// Whether the CA file is older than the kept bundle and has nothing in common with it.
+fn is_stranger(file: &Bundle, kept: &Bundle) -> bool {
+    file.sequence() < kept.sequence() && !file.roots().iter().any(|root| kept.roots().contains(root))
+}
+
 /// The newest bundle stays in force whatever is offered.
 fn offer(trust: &TrustStore, bundle: Bundle) {
-    if let Err(reason) = trust.set_own(bundle) {
-        tracing::debug!(%reason, "an offered bundle of the own trust domain is not taken");
+    match trust.set_own(bundle) {
+        Ok(()) => {}
+        // A CA file that was copied once grows old, which is nothing to report.
+        Err(reason @ BundleRefused::LowerSequence { .. }) => {
+            tracing::debug!(%reason, "an older bundle of the own trust domain is not taken");
+        }
+        Err(reason @ BundleRefused::SameSequenceOtherContent { .. }) => {
+            tracing::warn!(%reason, "an offered bundle of the own trust domain is not taken; copy `ca.pem` from the federation again");
+        }
     }
 }
-
-/// Half of the life, give or take a twentieth, so that processes started together don't renew together.
-/// `random` is uniform in `0.0..1.0`.
-fn renewal_time(svid: &Svid, random: f64) -> Timestamp {
-    let life = svid.not_after.duration_since(svid.not_before).unsigned_abs();
-    let share = 0.45 + 0.1 * random.clamp(0.0, 1.0);
-    svid.not_before.saturating_add(life.mul_f64(share)).unwrap_or(Timestamp::MAX)
-}
-
-#[cfg(test)]
-mod tests;

@@ -1,6 +1,7 @@
 //! The bundles of all trust domains that are trusted here, as one immutable snapshot that handshakes read
 //! without a lock. Each domain's bundle verifies that domain's identities and no others.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -265,36 +266,42 @@ impl TrustSnapshot {
 
 /// The roots of one domain, read once.
 #[derive(Debug)]
-pub(crate) struct Anchors(Vec<Anchor>);
-
-#[derive(Debug)]
-struct Anchor {
-    anchor: TrustAnchor<'static>,
-    not_before: UnixTime,
-    not_after: UnixTime,
+pub(crate) struct Anchors {
+    anchors: Vec<TrustAnchor<'static>>,
+    /// When each of them is valid.
+    validity: Vec<(UnixTime, UnixTime)>,
 }
 
 impl Anchors {
     /// Roots that can't be read are left out; a `Bundle` has none.
     pub(crate) fn new(roots: &[CertificateDer<'_>]) -> Self {
         let anchor = |root| {
-            let Ok(read) = read_root(root) else { return None };
+            let read = read_root(root).ok()?;
             let anchor = webpki::anchor_from_trusted_cert(root).ok()?.to_owned();
-            Some(Anchor { anchor, not_before: read.not_before, not_after: read.not_after })
+            Some((anchor, (read.not_before, read.not_after)))
         };
-        Self(roots.iter().filter_map(anchor).collect())
+        let (anchors, validity) = roots.iter().filter_map(anchor).unzip();
+        Self { anchors, validity }
     }
 
-    /// Builds a path from the leaf to one of these roots. webpki takes a root's own validity for granted, so
-    /// roots outside it are left out here.
+    /// Those in their validity, which webpki takes for granted.
+    fn valid_at(&self, now: UnixTime) -> Cow<'_, [TrustAnchor<'static>]> {
+        let valid = |validity: &(UnixTime, UnixTime)| validity.0 <= now && now <= validity.1;
+        if self.validity.iter().all(valid) {
+            return Cow::Borrowed(&self.anchors);
+        }
+        let both = self.anchors.iter().zip(&self.validity);
+        Cow::Owned(both.filter(|(_, validity)| valid(validity)).map(|(anchor, _)| anchor.clone()).collect())
+    }
+
+    /// Builds a path from the leaf to one of these roots.
     pub(crate) fn verify(&self, chain: &[CertificateDer<'_>], usage: Usage, now: UnixTime) -> Result<(), Refused> {
-        if self.0.is_empty() {
+        if self.anchors.is_empty() {
             return Err(bad("the bundle of the trust domain is empty: everything of it is revoked"));
         }
-        let valid = |anchor: &&Anchor| anchor.not_before <= now && now <= anchor.not_after;
-        let anchors: Vec<_> = self.0.iter().filter(valid).map(|anchor| anchor.anchor.clone()).collect();
+        let anchors = self.valid_at(now);
         if anchors.is_empty() {
-            return Err(Refused { refusal: Refusal::Expired, detail: "all roots of the trust domain have expired" });
+            return Err(Refused { refusal: Refusal::Expired, detail: "no root of the trust domain is valid now" });
         }
         let [leaf, intermediates @ ..] = chain else {
             return Err(Refused { refusal: Refusal::NoCertificate, detail: "the chain is empty" });
@@ -307,7 +314,7 @@ impl Anchors {
         let end_entity = EndEntityCert::try_from(leaf).map_err(refused)?;
         end_entity
             .verify_for_usage(algorithms, &anchors, intermediates, now, key_usage, None, None)
-            .map(|_path| ())
+            .map(drop)
             .map_err(refused)
     }
 }

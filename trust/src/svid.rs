@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use jiff::Timestamp;
@@ -13,6 +14,10 @@ use tombolo_core::id::SpiffeId;
 
 use crate::certificate::{Refused, read_leaf};
 use crate::tls::provider;
+
+/// The monotonic clock stands still while a machine sleeps, so whoever waits to renew looks at the wall clock
+/// this often.
+pub(crate) const TICK: Duration = Duration::from_secs(2);
 
 /// An identity with its chain and key.
 #[derive(Clone)]
@@ -51,6 +56,14 @@ impl Svid {
     pub fn has_expired(&self, now: Timestamp) -> bool {
         self.not_after < now
     }
+
+    /// Half of the life, give or take a twentieth, so that processes started together don't renew together.
+    /// `random` is uniform in `0.0..1.0`.
+    pub fn renewal_time(&self, random: f64) -> Timestamp {
+        let life = self.not_after.duration_since(self.not_before).unsigned_abs();
+        let share = 0.45 + 0.1 * random.clamp(0.0, 1.0);
+        self.not_before.saturating_add(life.mul_f64(share)).unwrap_or(Timestamp::MAX)
+    }
 }
 
 impl fmt::Debug for Svid {
@@ -70,7 +83,7 @@ pub(crate) fn timestamp(time: UnixTime) -> Timestamp {
 
 /// A wall-clock time as rustls has it; before 1970 is 1970.
 pub fn unix_time(now: Timestamp) -> UnixTime {
-    UnixTime::since_unix_epoch(std::time::Duration::from_secs(now.as_second().max(0).unsigned_abs()))
+    UnixTime::since_unix_epoch(Duration::from_secs(now.as_second().max(0).unsigned_abs()))
 }
 
 /// The current SVID of this process. Clones share it.

@@ -256,3 +256,29 @@ fn the_active_root_issues_until_another_is_activated() {
     east.ca.activate(second).unwrap();
     assert_eq!((issuer_of(), east.ca.bundle().sequence()), (second, 2));
 }
+
+#[test]
+fn renewal_comes_near_half_of_the_life() {
+    let (east, key, now) = (Cluster::new("east"), IdentityKey::generate().unwrap(), Timestamp::now());
+    for life_s in [4.0, 10.0, 3_600.0, 86_400.0] {
+        let svid = east.ca.issue_svid(&key, &east.id("ns/a/sa/b"), Duration::from_secs_f64(life_s), now).unwrap();
+        for random in [0.0, 0.5, 1.0] {
+            let after_s = svid.renewal_time(random).duration_since(now).as_secs_f64();
+            // Certificates hold whole seconds only.
+            assert!(after_s > life_s * 0.35 - 1.0 && after_s < life_s * 0.55 + 1.0, "{life_s} {random}: {after_s}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_process_with_the_ca_renews_its_own_svid() {
+    let east = Cluster::new("east");
+    let source = east.ca.own_svid(&east.id("tombolo/federation/fed-1"), Duration::from_secs(3)).unwrap();
+    let mut changes = source.subscribe();
+    for _ in 0..2 {
+        let before = source.current().unwrap();
+        tokio::time::timeout(Duration::from_secs(20), changes.changed()).await.unwrap().unwrap();
+        let after = source.current().unwrap();
+        assert!(after.not_after > before.not_after && after.id == before.id);
+    }
+}

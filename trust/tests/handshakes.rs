@@ -55,6 +55,8 @@ fn by_client(refusal: Option<Refusal>) -> (End, End) {
 
 /// Makes what a client shows, anew for each handshake.
 type Show<'a> = &'a dyn Fn() -> Option<Forged>;
+/// What is shown, with what Trusted, Optional and WellFormed say to it.
+type Case<'a> = (&'a str, Show<'a>, Option<Refusal>, Option<Refusal>, Option<Refusal>);
 
 /// A certificate with the key of another.
 fn tampered(one: Forged, other: Forged) -> Forged {
@@ -90,8 +92,7 @@ async fn what_is_asked_of_clients() {
     let expect = ids(&[server.id(WEB)]);
 
     use Refusal as R;
-    let cases: &[(&str, Show<'_>, Option<R>, Option<R>, Option<R>)] = &[
-        // What the client shows, and what Trusted, Optional and WellFormed say to it.
+    let cases: &[Case<'_>] = &[
         ("nothing", &|| None, Some(R::NoCertificate), None, Some(R::NoCertificate)),
         ("a good one", &|| Some(east.leaf(WEB, |_| {})), None, None, None),
         ("a role's", &|| Some(east.leaf(GATEWAY, |_| {})), None, None, None),

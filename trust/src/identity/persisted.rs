@@ -9,13 +9,14 @@ use crate::key::{IdentityKey, KeyError};
 use crate::svid::Svid;
 
 /// Within the role's state folder.
-const FOLDER: &str = "identity";
+pub(super) const FOLDER: &str = "identity";
 const SVID_FILE: &str = "svid.pem";
 
 pub(super) fn svid_path(state: &Path) -> PathBuf {
     state.join(FOLDER).join(SVID_FILE)
 }
 
+#[derive(Clone)]
 pub(super) struct Persisted {
     folder: PathBuf,
 }
