@@ -1,0 +1,141 @@
+//! One HTTP/1.1 connection over a bare socket: the generator must cost less than what it measures.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, bail};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// What to call: where to connect, and the bytes of the request.
+#[derive(Debug, Clone)]
+pub struct Target {
+    pub address: SocketAddr,
+    host: String,
+    /// In front of the path: empty, or `http://host` for a forward proxy.
+    prefix: String,
+}
+
+impl Target {
+    /// Requests as an application sends them to a listener that leads to one service.
+    pub fn direct(address: SocketAddr, host: &str) -> Self {
+        Self { address, host: host.to_owned(), prefix: String::new() }
+    }
+
+    /// Requests as an application sends them to its forward proxy.
+    pub fn proxied(address: SocketAddr, host: &str) -> Self {
+        Self { address, host: host.to_owned(), prefix: format!("http://{host}") }
+    }
+
+    pub fn request(&self, path: &str) -> Vec<u8> {
+        format!("GET {}{path} HTTP/1.1\r\nhost: {}\r\n\r\n", self.prefix, self.host).into_bytes()
+    }
+}
+
+#[derive(Debug)]
+pub struct Connection {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+/// An answer: its status, and which application gave it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    pub app: Option<String>,
+    pub keep_alive: bool,
+    pub body_length: u64,
+}
+
+enum BodyEnd {
+    Length(u64),
+    Chunked,
+}
+
+impl Connection {
+    pub async fn open(address: SocketAddr) -> anyhow::Result<Self> {
+        let stream = TcpStream::connect(address).await.with_context(|| format!("connecting to {address}"))?;
+        stream.set_nodelay(true)?;
+        Ok(Self { stream, buffer: Vec::with_capacity(64 * 1024) })
+    }
+
+    /// Sends `request` and reads its answer to the end of the body.
+    pub async fn exchange(&mut self, request: &[u8]) -> anyhow::Result<Answer> {
+        self.stream.write_all(request).await?;
+        let head_end = loop {
+            if let Some(at) = self.buffer.windows(4).position(|window| window == b"\r\n\r\n") {
+                break at + 4;
+            }
+            self.fill().await?;
+        };
+        let (mut answer, end) = parse_head(&self.buffer[..head_end])?;
+        self.buffer.drain(..head_end);
+        answer.body_length = match end {
+            BodyEnd::Length(length) => self.skip(length).await?,
+            BodyEnd::Chunked => self.skip_chunks().await?,
+        };
+        Ok(answer)
+    }
+
+    async fn fill(&mut self) -> anyhow::Result<()> {
+        if self.stream.read_buf(&mut self.buffer).await? == 0 {
+            bail!("the connection was closed before the answer's end");
+        }
+        Ok(())
+    }
+
+    /// Reads and forgets `length` bytes.
+    async fn skip(&mut self, length: u64) -> anyhow::Result<u64> {
+        let mut left = length;
+        loop {
+            let now = self.buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            self.buffer.drain(..now);
+            left -= now as u64;
+            if left == 0 {
+                return Ok(length);
+            }
+            self.fill().await?;
+        }
+    }
+
+    async fn skip_chunks(&mut self) -> anyhow::Result<u64> {
+        let mut total = 0;
+        loop {
+            let line_end = loop {
+                if let Some(at) = self.buffer.windows(2).position(|window| window == b"\r\n") {
+                    break at;
+                }
+                self.fill().await?;
+            };
+            let size = std::str::from_utf8(&self.buffer[..line_end])?.split(';').next().unwrap_or_default().trim();
+            let size = u64::from_str_radix(size, 16).context("a chunk's size")?;
+            self.buffer.drain(..line_end + 2);
+            // The chunk and its line end; after the last chunk the empty trailer section.
+            self.skip(size + 2).await?;
+            total += size;
+            if size == 0 {
+                return Ok(total);
+            }
+        }
+    }
+}
+
+fn parse_head(head: &[u8]) -> anyhow::Result<(Answer, BodyEnd)> {
+    let text = std::str::from_utf8(head).context("the answer's head")?;
+    let mut lines = text.split("\r\n");
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|status| status.parse().ok());
+    let mut answer =
+        Answer { status: status.context("the answer's status")?, app: None, keep_alive: true, body_length: 0 };
+    let mut end = BodyEnd::Length(0);
+    for line in lines {
+        let Some((name, value)) = line.split_once(':') else { continue };
+        let value = value.trim();
+        match name.to_ascii_lowercase().as_str() {
+            "content-length" => end = BodyEnd::Length(value.parse().context("content-length")?),
+            "transfer-encoding" => end = BodyEnd::Chunked,
+            "connection" => answer.keep_alive = !value.eq_ignore_ascii_case("close"),
+            "x-app" => answer.app = Some(value.to_owned()),
+            _ => {}
+        }
+    }
+    Ok((answer, end))
+}
