@@ -18,9 +18,24 @@ pub fn write_public(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write(path, bytes, 0o644)
 }
 
-/// Makes `path` and its parents, each new folder with mode 0700. A folder that exists is left as it is.
+/// Makes `path` and its parents, each new folder with mode 0700. A folder that exists is left as it is, but for
+/// the temporary files of a process that was killed while it wrote here.
 pub fn create_private_dir(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(is_temporary) {
+            // Another process that starts in the same folder may have been faster.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// Whether [`write`] makes such names: `.<name>.<16 hexadecimal digits>.tmp`.
+fn is_temporary(name: &str) -> bool {
+    let Some((head, random)) = name.strip_suffix(".tmp").and_then(|rest| rest.rsplit_once('.')) else { return false };
+    head.starts_with('.') && random.len() == 16 && random.bytes().all(|digit| digit.is_ascii_hexdigit())
 }
 
 fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
@@ -67,6 +82,21 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn what_a_killed_writer_left_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join("a/b");
+        create_private_dir(&state).unwrap();
+        assert_eq!(fs::metadata(&state).unwrap().permissions().mode() & 0o777, 0o700);
+        for name in ["key.pem", ".key.pem.0123456789abcdef.tmp", ".hidden.tmp", "x.0123456789abcdef.tmp"] {
+            fs::write(state.join(name), "x").unwrap();
+        }
+        create_private_dir(&state).unwrap();
+        let mut left: Vec<_> = fs::read_dir(&state).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, [".hidden.tmp", "key.pem", "x.0123456789abcdef.tmp"]);
     }
 
     #[test]

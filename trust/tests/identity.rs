@@ -116,6 +116,22 @@ async fn a_kill_between_redeeming_and_persisting_costs_no_use() {
 }
 
 #[tokio::test]
+async fn a_kill_at_any_moment_locks_nobody_out() {
+    let federation = Federation::start(SHORT, DAY).await;
+    let state = tempfile::tempdir().unwrap();
+    let entry = federation.add_join(state.path(), "ns/shop/sa/web", 1);
+    for round in 0..60 {
+        let process = Process::start(federation.config(state.path()));
+        tokio::time::sleep(Duration::from_micros(round * 500)).await;
+        process.kill();
+    }
+    let process = Process::start(federation.config(state.path()));
+    assert_eq!(first(&process.source).await.id, federation.cluster.id("ns/shop/sa/web"));
+    assert_eq!(federation.uses_left(&entry), 0);
+    assert!(!federation.log().contains(&"refused"));
+}
+
+#[tokio::test]
 async fn a_state_directory_that_can_not_be_written_costs_no_use() {
     let federation = Federation::start(HOUR, DAY).await;
     let state = tempfile::tempdir().unwrap();
