@@ -131,7 +131,7 @@ impl Client {
             match self.renew().await {
                 Ok(()) => {
                     backoff.reset();
-                    due = self.next_renewal();
+                    due = self.next_renewal().max(soonest(self.latest.as_ref(), Timestamp::now()));
                 }
                 Err(error) => {
                     let wait = backoff.next_wait(rand::random());
@@ -193,6 +193,13 @@ impl Client {
     }
 }
 
+/// When the SVID that was just issued may be renewed at the soonest: a tenth of its life from now. It matters
+/// where this machine's clock is so far ahead that every new SVID looks old.
+fn soonest(latest: Option<&Svid>, now: Timestamp) -> Timestamp {
+    let life = latest.map_or(RETRY_LONGEST, |svid| svid.not_after.duration_since(svid.not_before).unsigned_abs());
+    now.saturating_add(life / 10).unwrap_or(Timestamp::MAX)
+}
+
 /// Whether the CA file is older than the kept bundle and has nothing in common with it.
 fn is_stranger(file: &Bundle, kept: &Bundle) -> bool {
     file.sequence() < kept.sequence() && !file.roots().iter().any(|root| kept.roots().contains(root))
@@ -209,5 +216,25 @@ fn offer(trust: &TrustStore, bundle: Bundle) {
         Err(reason @ BundleRefused::SameSequenceOtherContent { .. }) => {
             tracing::warn!(%reason, "an offered bundle of the own trust domain is not taken; copy `ca.pem` from the federation again");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::ca::CertificateAuthority;
+    use crate::key::IdentityKey;
+
+    #[test]
+    fn a_clock_that_is_ahead_does_not_make_it_ask_without_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let ca = CertificateAuthority::create_or_load(folder.path(), &"east".parse().unwrap()).unwrap();
+        let (key, id) = (IdentityKey::generate().unwrap(), "spiffe://east/ns/a/sa/b".parse().unwrap());
+        let (hour, now) = (Duration::from_secs(3600), Timestamp::now());
+        let svid = ca.issue_svid(&key, &id, hour, now - Duration::from_secs(86_400)).unwrap();
+        assert!(svid.renewal_time(0.5) < now);
+        assert!(soonest(Some(&svid), now) >= now + hour / 10);
     }
 }
