@@ -1,1 +1,132 @@
 //! The identity server: SVIDs from join entries and by renewal.
+//!
+//! A use of a join entry is durable before its SVID leaves the process. Anybody who reaches the port
+//! may ask, so each source address has a rate, and the work under way is bounded.
+
+mod admission;
+#[cfg(test)]
+mod tests;
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use jiff::Timestamp;
+use tokio::sync::Semaphore;
+use tombolo_api::proto::identity::identity_server::{Identity, IdentityServer};
+use tombolo_api::proto::identity::issue_request::Proof;
+use tombolo_api::proto::identity::{IssueRequest, IssueResponse, JoinProof, RenewProof};
+use tombolo_core::refusal::Refusal;
+use tombolo_runtime::metrics::Refusals;
+use tombolo_trust::grpc::Peer;
+use tombolo_trust::issuer::{IssueRefusal, Issued, Issuer};
+use tonic::{Request, Response, Status};
+
+use crate::store::{Store, StoreError};
+use admission::Admission;
+
+/// Requests under way at a time; each may wait for the disk.
+const UNDER_WAY_MAX: usize = 64;
+/// Largest request: a chain and a CSR.
+const REQUEST_OCTETS_MAX: usize = 64 * 1024;
+/// Certificates in a chain to renew by.
+const CHAIN_MAX: usize = 8;
+
+/// Issues SVIDs over gRPC.
+pub struct IdentityService {
+    issuer: Issuer,
+    store: Store,
+    refusals: Refusals,
+    admission: Mutex<Admission<IpAddr>>,
+    under_way: Arc<Semaphore>,
+}
+
+impl IdentityService {
+    /// The service for the discovery port.
+    pub fn server(issuer: Issuer, store: Store, refusals: Refusals) -> IdentityServer<Self> {
+        let (admission, under_way) = (Mutex::new(Admission::default()), Arc::new(Semaphore::new(UNDER_WAY_MAX)));
+        let service = Self { issuer, store, refusals, admission, under_way };
+        IdentityServer::new(service).max_decoding_message_size(REQUEST_OCTETS_MAX)
+    }
+
+    fn refused(&self, refusal: Refusal, status: Status) -> Status {
+        self.refusals.inc(refusal);
+        tracing::info!(reason = refusal.code(), detail = status.message(), "no SVID was issued");
+        status
+    }
+
+    fn admit(&self, source: Option<IpAddr>) -> Result<(), Status> {
+        let Some(source) = source else { return Ok(()) };
+        let mut admission = self.admission.lock().expect("no holder of the lock panics");
+        if admission.admits(source, Instant::now()) {
+            return Ok(());
+        }
+        drop(admission);
+        let text = "too many requests for SVIDs from this address; try again in a second";
+        Err(self.refused(Refusal::Overloaded, Status::resource_exhausted(text)))
+    }
+}
+
+/// Why nothing was issued.
+enum NotIssued {
+    Refused(IssueRefusal),
+    Store(StoreError),
+}
+
+#[tonic::async_trait]
+impl Identity for IdentityService {
+    async fn issue(&self, request: Request<IssueRequest>) -> Result<Response<IssueResponse>, Status> {
+        let source = request.extensions().get::<Peer>().map(|peer| peer.address.ip());
+        self.admit(source)?;
+        let Ok(_permit) = self.under_way.clone().try_acquire_owned() else {
+            let text = "too many SVIDs are being issued; try again in a second";
+            return Err(self.refused(Refusal::Overloaded, Status::resource_exhausted(text)));
+        };
+        let IssueRequest { csr_der, proof } = request.into_inner();
+        let issuer = self.issuer.clone();
+        // Off this thread: signing takes a while, and a use of a join entry is written to disk.
+        let issued = self.store.off_thread(move |store| match proof {
+            Some(Proof::Join(proof)) => join(&issuer, store, &proof, &csr_der),
+            Some(Proof::Renew(proof)) => renew(&issuer, store, &proof, &csr_der).map_err(NotIssued::Refused),
+            None => Err(NotIssued::Refused(IssueRefusal::Join(tombolo_core::join::JoinRefusal::NotKnown))),
+        });
+        match issued.await {
+            Ok(issued) => {
+                tracing::info!(id = %issued.id, "issued an SVID");
+                Ok(Response::new(response(issued)))
+            }
+            Err(NotIssued::Refused(refusal)) => Err(self.refused(refusal.refusal(), refusal.into())),
+            Err(NotIssued::Store(error)) => {
+                tracing::error!(%error, "a use of a join entry can't be made durable");
+                let text = "the federation can't write its state; see its log";
+                Err(self.refused(Refusal::Overloaded, Status::unavailable(text)))
+            }
+        }
+    }
+}
+
+fn join(issuer: &Issuer, store: &Store, proof: &JoinProof, csr_der: &[u8]) -> Result<Issued, NotIssued> {
+    let request = Issuer::read_join(&proof.entry_id, &proof.secret, csr_der).map_err(NotIssued::Refused)?;
+    let revoked = store.revoked().ids;
+    let redeemed = store.change_joins(|entries| {
+        let mut trial = entries.clone();
+        let (issued, _) = issuer.issue_join(&mut trial, &request, Timestamp::now(), &revoked)?;
+        // A use counts only when something was issued for it.
+        *entries = trial;
+        Ok(issued)
+    });
+    redeemed.map_err(NotIssued::Store)?.map_err(NotIssued::Refused)
+}
+
+fn renew(issuer: &Issuer, store: &Store, proof: &RenewProof, csr_der: &[u8]) -> Result<Issued, IssueRefusal> {
+    let chain = &proof.chain_der[..proof.chain_der.len().min(CHAIN_MAX)];
+    issuer.renew(chain, csr_der, Timestamp::now(), &store.revoked().ids)
+}
+
+fn response(issued: Issued) -> IssueResponse {
+    IssueResponse {
+        spiffe_id: issued.id.to_string(),
+        chain_der: issued.chain.iter().map(|certificate| certificate.to_vec()).collect(),
+        bundle: Some(issued.bundle.to_wire()),
+    }
+}

@@ -21,6 +21,7 @@ use jiff::Timestamp;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use tombolo_core::id::{ClusterId, ServiceName, SpiffeId, TrustDomain};
+use tombolo_core::join::JoinEntries;
 use tombolo_trust::atomic;
 
 pub use file::StoreError;
@@ -50,6 +51,7 @@ struct Shared {
 
 struct State {
     peering: PeeringState,
+    joins: JoinEntries,
     first_seen: FirstSeen,
     revoked: Revoked,
 }
@@ -85,6 +87,7 @@ pub struct Revoked {
 
 const OWNER: Contents = Contents { name: "cluster.json", lost: "the epoch, which starts anew" };
 const PEERING: Contents = Contents { name: "peering.json", lost: "all peers and invitations" };
+const JOINS: Contents = Contents { name: "joins.json", lost: "all join entries" };
 const FIRST_SEEN: Contents = Contents { name: "first-seen.json", lost: "the age of exports, which decides conflicts" };
 const REVOKED: Contents = Contents { name: "revoked.json", lost: "the list of revoked identities" };
 
@@ -119,6 +122,7 @@ impl Store {
         })?;
         let state = State {
             peering,
+            joins: file::load(&folder, &JOINS)?.unwrap_or_default(),
             first_seen: file::load(&folder, &FIRST_SEEN)?.unwrap_or_default(),
             revoked: file::load(&folder, &REVOKED)?.unwrap_or_default(),
         };
@@ -148,6 +152,16 @@ impl Store {
     pub fn change_peering<T>(&self, change: impl FnOnce(&mut PeeringState) -> T) -> Result<T, StoreError> {
         let mut state = self.state();
         self.change(&mut state.peering, &PEERING, change)
+    }
+
+    pub fn joins(&self) -> JoinEntries {
+        self.state().joins.clone()
+    }
+
+    /// Changes the join entries; they are durable when this returns.
+    pub fn change_joins<T>(&self, change: impl FnOnce(&mut JoinEntries) -> T) -> Result<T, StoreError> {
+        let mut state = self.state();
+        self.change(&mut state.joins, &JOINS, change)
     }
 
     pub fn revoked(&self) -> Revoked {

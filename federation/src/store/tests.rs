@@ -79,7 +79,7 @@ fn files_are_private_and_temporaries_of_a_kill_are_removed() {
 
 #[test]
 fn a_damaged_file_is_refused_by_name_with_what_to_do() {
-    for file in ["cluster.json", "peering.json", "first-seen.json", "revoked.json"] {
+    for file in ["cluster.json", "peering.json", "joins.json", "first-seen.json", "revoked.json"] {
         for garbage in ["", "{", "\u{0}\u{0}\u{0}", "[]", "{\"version\":1}", "{\"version\":1,\"content\":7}"] {
             let state = tempfile::tempdir().unwrap();
             drop(open(&state).unwrap());
