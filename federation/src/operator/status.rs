@@ -1,0 +1,150 @@
+//! `status` and `peer list`, out of one reading of the hub's state.
+
+use data_encoding::HEXLOWER;
+use tombolo_api::proto::operator::{
+    GatewayRow, PeerRow, ServiceRow, ServiceShareRow, SidecarRow, SourceProblem, StatusResponse, TunnelRow,
+};
+use tombolo_core::catalog::ServiceView;
+use tombolo_core::id::GatewayId;
+use tombolo_core::model::{AppProtocol, ClusterShare, Freshness, Origin, ServicePort, Transport};
+use tombolo_trust::ca::CertificateAuthority;
+
+use crate::hub::{GatewayView, PeerView, SidecarView, TunnelView, View};
+
+pub fn status(view: &View, ca: &CertificateAuthority, version: &str) -> StatusResponse {
+    StatusResponse {
+        cluster: view.cluster.to_string(),
+        trust_domain: view.trust_domain.to_string(),
+        version: version.into(),
+        epoch: view.epoch,
+        root_sha256: HEXLOWER.encode(&ca.active_root_sha256()),
+        bundle_sequence: ca.bundle().sequence(),
+        peers: peers(view),
+        services: view.services.values().map(|service| self::service(service)).collect(),
+        gateways: view.gateways.values().map(|gateway| self::gateway(gateway)).collect(),
+        sidecars: view.sidecars.iter().map(|sidecar| self::sidecar(sidecar)).collect(),
+        problems: view
+            .problems
+            .iter()
+            .map(|problem| SourceProblem {
+                file: problem.file.clone(),
+                line: problem.line,
+                reason: problem.reason.clone(),
+            })
+            .collect(),
+    }
+}
+
+pub fn peers(view: &View) -> Vec<PeerRow> {
+    view.peers.values().map(|peer| self::peer(view, peer)).collect()
+}
+
+fn peer(view: &View, peer: &PeerView) -> PeerRow {
+    let tunnels = view.gateways.values().flat_map(|gateway| {
+        let tunnels = gateway.tunnels.iter().filter(|tunnel| tunnel.cluster == peer.cluster);
+        tunnels.map(|tunnel| self::tunnel(&gateway.gateway, tunnel))
+    });
+    let silent = peer.last_heard.map(|heard| heard.elapsed().as_millis());
+    PeerRow {
+        cluster: peer.cluster.to_string(),
+        trust_domain: peer.trust_domain.to_string(),
+        exports: peer.authority.exports.iter().map(ToString::to_string).collect(),
+        imports: peer.authority.imports.iter().map(ToString::to_string).collect(),
+        sync: peer.freshness.map_or("waiting", freshness).into(),
+        epoch: peer.position.epoch,
+        revision: peer.position.revision,
+        silent_ms: silent.map_or(-1, |silent| i64::try_from(silent).unwrap_or(i64::MAX)),
+        bundle_sequence: peer.bundle_sequence,
+        tunnels: tunnels.collect(),
+        gateways: peer.gateways.iter().map(|gateway| format!("{} {}", gateway.gateway, gateway.address)).collect(),
+        last_refusal: peer.last_refusal.clone().unwrap_or_default(),
+    }
+}
+
+fn tunnel(gateway: &GatewayId, tunnel: &TunnelView) -> TunnelRow {
+    TunnelRow {
+        gateway_id: gateway.to_string(),
+        remote_gateway_id: tunnel.remote_gateway.as_ref().map(ToString::to_string).unwrap_or_default(),
+        reach: tunnel.reach.as_str().into(),
+        rtt_us: tunnel.rtt_us,
+        remote_address: tunnel.remote_address.clone(),
+        dialled_here: tunnel.dialled_here,
+        legs: tunnel.legs,
+        last_error: tunnel.last_error.clone(),
+    }
+}
+
+fn service(view: &ServiceView) -> ServiceRow {
+    ServiceRow {
+        service: view.service.to_string(),
+        shares: view.shares.iter().map(|share| self::share(view, share)).collect(),
+        conflicts: view.conflicts.iter().map(ToString::to_string).collect(),
+        excluded: view.excluded.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn share(view: &ServiceView, share: &ClusterShare) -> ServiceShareRow {
+    let local = share.origin == Origin::Local;
+    let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+    ServiceShareRow {
+        cluster: share.cluster.to_string(),
+        local,
+        freshness: freshness(share.freshness).into(),
+        endpoints: count(share.export.endpoints.len()),
+        ready: count(share.export.ready_endpoints()),
+        ports: share.export.ports.iter().map(port).collect(),
+        exported_to: if local { view.offered_to.iter().map(ToString::to_string).collect() } else { Vec::new() },
+        server_ids: share.export.server_ids.iter().map(ToString::to_string).collect(),
+        // What another cluster does not export is not known here.
+        exported: !local || view.exported,
+    }
+}
+
+/// `http:80/http`, or `53/udp` for a port without a name that carries opaque bytes.
+fn port(port: &ServicePort) -> String {
+    let protocol = match (port.transport, port.app) {
+        (Transport::Udp, _) => "udp",
+        (Transport::Sctp, _) => "sctp",
+        (Transport::Tcp, AppProtocol::Opaque) => "tcp",
+        (Transport::Tcp, AppProtocol::Http) => "http",
+        (Transport::Tcp, AppProtocol::Http2) => "http2",
+        (Transport::Tcp, AppProtocol::Grpc) => "grpc",
+    };
+    match port.name.as_str() {
+        "" => format!("{}/{protocol}", port.port),
+        name => format!("{name}:{}/{protocol}", port.port),
+    }
+}
+
+fn gateway(view: &GatewayView) -> GatewayRow {
+    GatewayRow {
+        gateway_id: view.gateway.to_string(),
+        ingress_address: view.ingress_address.clone(),
+        advertise: view.advertise.clone(),
+        connected: view.connected,
+        tunnels: view.tunnels.iter().map(|tunnel| self::tunnel(&view.gateway, tunnel)).collect(),
+    }
+}
+
+fn sidecar(view: &SidecarView) -> SidecarRow {
+    let in_force = || view.registrations.iter().filter(|registration| registration.refused.is_none());
+    let service = |registration: &crate::hub::RegistrationView| match &registration.refused {
+        None => format!("{}:{}", registration.service, registration.port),
+        Some(reason) => format!("{}:{} (refused: {reason})", registration.service, registration.port),
+    };
+    SidecarRow {
+        instance: view.instance.clone(),
+        spiffe_id: view.spiffe_id.to_string(),
+        services: view.registrations.iter().map(service).collect(),
+        ready: u32::try_from(in_force().filter(|registration| registration.ready).count()).unwrap_or(u32::MAX),
+        registered: u32::try_from(in_force().count()).unwrap_or(u32::MAX),
+    }
+}
+
+fn freshness(freshness: Freshness) -> &'static str {
+    match freshness {
+        Freshness::Fresh => "fresh",
+        Freshness::Stale => "stale",
+        Freshness::Draining => "draining",
+    }
+}
