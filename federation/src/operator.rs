@@ -183,7 +183,7 @@ impl Operator for OperatorService {
         let bundle = self.ca.bundle();
         let bundle_sequence = bundle.sequence();
         tracing::info!(sequence = bundle_sequence, "added a root to the trust bundle");
-        self.hub.own_bundle_changed(bundle.to_wire()).await.map_err(|error| Status::unavailable(error.to_string()))?;
+        self.hub.own_bundle_changed(bundle).await.map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(Response::new(TrustAddRootResponse { root_sha256: HEXLOWER.encode(&root_sha256), bundle_sequence }))
     }
 }

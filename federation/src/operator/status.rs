@@ -10,6 +10,7 @@ use tombolo_core::model::{AppProtocol, ClusterShare, Freshness, Origin, ServiceP
 use tombolo_trust::ca::CertificateAuthority;
 
 use crate::hub::{GatewayView, PeerView, SidecarView, TunnelView, View};
+use crate::registry::Verdict;
 
 pub fn status(view: &View, ca: &CertificateAuthority, version: &str) -> StatusResponse {
     StatusResponse {
@@ -22,7 +23,7 @@ pub fn status(view: &View, ca: &CertificateAuthority, version: &str) -> StatusRe
         peers: peers(view),
         services: view.services.values().map(|service| self::service(service)).collect(),
         gateways: view.gateways.values().map(|gateway| self::gateway(gateway)).collect(),
-        sidecars: view.sidecars.iter().map(|sidecar| self::sidecar(sidecar)).collect(),
+        sidecars: view.sidecars.values().map(|sidecar| self::sidecar(sidecar)).collect(),
         problems: view
             .problems
             .iter()
@@ -128,12 +129,12 @@ fn gateway(view: &GatewayView) -> GatewayRow {
 
 fn sidecar(view: &SidecarView) -> SidecarRow {
     let in_force = || view.registrations.iter().filter(|registration| registration.refused.is_none());
-    let service = |registration: &crate::hub::RegistrationView| match &registration.refused {
+    let service = |registration: &Verdict| match &registration.refused {
         None => format!("{}:{}", registration.service, registration.port),
         Some(reason) => format!("{}:{} (refused: {reason})", registration.service, registration.port),
     };
     SidecarRow {
-        instance: view.instance.clone(),
+        instance: view.instance.to_string(),
         spiffe_id: view.spiffe_id.to_string(),
         services: view.registrations.iter().map(service).collect(),
         ready: u32::try_from(in_force().filter(|registration| registration.ready).count()).unwrap_or(u32::MAX),

@@ -81,10 +81,6 @@ impl Directory {
         Self { root, files: BTreeMap::new() }
     }
 
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
     /// Reads what has changed. Whatever can't be read keeps its last good content, and is reported.
     pub fn scan(&mut self, now: Instant, wall: SystemTime) -> Reading {
         let walk = Walk::over(&self.root);
