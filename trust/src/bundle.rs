@@ -4,15 +4,17 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use data_encoding::BASE64;
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use tombolo_api::proto::catalog;
 use tombolo_core::bundle::Version;
-use tombolo_core::id::TrustDomain;
+use tombolo_core::id::{SpiffeId, TrustDomain};
+use tombolo_core::refusal::Refusal;
 
 use crate::atomic;
-use crate::certificate::{Refused, read_root};
+use crate::certificate::{Refused, read_leaf, read_root};
 use crate::peering::sha256;
+use crate::store::{Anchors, Usage};
 
 /// Most roots that one trust domain may publish at a time.
 pub const ROOTS_MAX: usize = 16;
@@ -91,6 +93,17 @@ impl Bundle {
     pub fn version(&self) -> Version {
         let digests: Vec<[u8; 32]> = self.roots.iter().map(|root| root_sha256(root)).collect();
         Version { sequence: self.sequence, digest: sha256(&digests.concat()) }
+    }
+
+    /// Verifies a chain, leaf first, against this bundle alone: for an offer whose bundle is not trusted yet.
+    pub fn verify(&self, chain: &[CertificateDer<'_>], usage: Usage, now: UnixTime) -> Result<SpiffeId, Refused> {
+        let id = read_leaf(chain)?.id;
+        if *id.trust_domain() != self.trust_domain {
+            let detail = "the certificate is of another trust domain than the bundle";
+            return Err(Refused { refusal: Refusal::UnknownTrustDomain, detail });
+        }
+        Anchors::new(&self.roots).verify(chain, usage, now)?;
+        Ok(id)
     }
 
     pub fn to_wire(&self) -> catalog::TrustBundle {

@@ -117,6 +117,12 @@ fn a_bundle_verifies_its_own_domain_and_no_other() {
     assert!(verify(&store, &leaf(&east), Usage::Client).is_ok());
     assert!(verify(&store, &leaf(&west), Usage::Client).is_ok());
     assert_eq!(verify(&store, &leaf(&other_east), Usage::Client), Err(Refusal::BadCertificate));
+    let alone = |forger: &Forger, of: &Forger| {
+        of.bundle(1).verify(&leaf(forger), Usage::Client, UnixTime::now()).map_err(|refused| refused.refusal).map(drop)
+    };
+    assert_eq!(alone(&east, &east), Ok(()));
+    assert_eq!(alone(&other_east, &east), Err(Refusal::BadCertificate));
+    assert_eq!(alone(&west, &east), Err(Refusal::UnknownTrustDomain));
     // The root sent along makes no difference.
     let mut chain = leaf(&other_east);
     chain.push(other_east.root());
