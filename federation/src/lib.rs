@@ -14,5 +14,7 @@ pub mod report;
 pub mod source;
 pub mod store;
 pub mod sync;
+#[cfg(test)]
+mod testing;
 
 pub use config::Config;

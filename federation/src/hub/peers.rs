@@ -7,7 +7,7 @@ use tombolo_core::freshness;
 use tombolo_core::id::{ClusterId, Position};
 use tombolo_core::import::Import;
 use tombolo_core::model::{Authority, Freshness};
-use tombolo_core::publish::{Publication, Published, Roots, Update};
+use tombolo_core::publish::{Change, Publication, Published, Roots, Update};
 use tombolo_trust::bundle::Bundle;
 
 use super::state::State;
@@ -137,8 +137,9 @@ impl State {
 
     /// Applies one update. Returns whether it touched anything, and why it was refused if it was.
     fn handle_update(&mut self, cluster: &ClusterId, update: Update) -> Result<(bool, Option<String>), SyncEnds> {
+        let is_news = update.change != Change::Heartbeat;
         let (changed, touched) = self.catalog.handle_update(cluster, update).ok_or(SyncEnds::NoPeer)??;
-        self.updates.inc();
+        self.updates.inc_by(u64::from(is_news));
         self.dirty.services |= !changed.is_empty();
         self.dirty.trust |= touched.roots || touched.revocations;
         self.dirty.view |= touched.gateways;

@@ -4,6 +4,8 @@
 pub mod durable;
 pub mod publisher;
 pub mod subscriber;
+#[cfg(test)]
+mod tests;
 pub mod wire;
 
 use std::time::Duration;

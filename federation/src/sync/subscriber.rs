@@ -262,7 +262,7 @@ async fn next_run(updates: &mut Streaming<wire::SyncUpdate>) -> Result<Vec<wire:
 }
 
 /// gRPC over a leg that stands already; when the leg ends, so does the channel.
-async fn channel_over(leg: Leg) -> Result<Channel, tonic::transport::Error> {
+pub(super) async fn channel_over(leg: Leg) -> Result<Channel, tonic::transport::Error> {
     let mut stream = Some(TokioIo::new(leg.stream));
     let connect = tower::service_fn(move |_: Uri| {
         let stream = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected));
