@@ -10,6 +10,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tombolo_core::id::{ClusterId, Role, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::model::{AppProtocol, Authority, ServicePort, Transport};
@@ -25,7 +26,7 @@ use tombolo_trust::svid::SvidSource;
 use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
 use crate::discovery::DiscoveryService;
-use crate::hub::{self, HubHandle, HubStart, PeerRecord, SidecarJoin, View};
+use crate::hub::{self, HubHandle, HubStart, PeerRecord, PeeringEvent, SidecarJoin, View};
 use crate::registry::{Claim, SessionId};
 use crate::store::Store;
 use crate::sync::publisher::Publisher;
@@ -48,6 +49,7 @@ pub struct Federation {
     pub addresses: Addresses,
     publisher: Option<(DrainTrigger, JoinHandle<()>)>,
     subscriber: JoinHandle<()>,
+    pub peering: mpsc::Receiver<PeeringEvent>,
     pub folder: TempDir,
 }
 
@@ -76,7 +78,7 @@ impl Federation {
             store: store.clone(),
             metrics: metrics.clone(),
         };
-        let (hub, _peering) = hub::start(start);
+        let (hub, peering) = hub::start(start);
         let known = addresses.clone();
         let route = move |_: &View, peer: &ClusterId| {
             let address = known.lock().unwrap().get(peer).copied();
@@ -100,6 +102,7 @@ impl Federation {
             addresses,
             publisher,
             subscriber,
+            peering,
             folder,
         };
         federation.publish().await;

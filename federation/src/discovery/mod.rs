@@ -5,6 +5,8 @@
 
 mod gateway;
 mod sidecar;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::time::Duration;
