@@ -1,9 +1,14 @@
 //! The sidecar: everything an application says to other services, and everything said to it, passes here.
 //!
-//! `outbound` takes the application's calls, picks an endpoint and carries them over an inner leg.
+//! `outbound` takes the application's calls, picks an endpoint and carries them over an inner leg. `inbound` takes
+//! the legs of others, authorizes each request and hands it to the application. `health` checks the application, and
+//! `registration` tells federation what is served here.
 
 pub mod config;
+pub mod health;
+pub mod inbound;
 pub mod outbound;
+pub mod registration;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -17,11 +22,15 @@ use tombolo_runtime::admin::Admin;
 use tombolo_runtime::process::{self, Process};
 use tombolo_runtime::readiness::Readiness;
 use tombolo_trust::identity::{self, IdentityConfig};
+use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 
 pub use config::Config;
 use config::{ListenerConfig, ServicePortName};
+use health::Verdicts;
+use inbound::{Discovered, Inbound};
 use outbound::Outbound;
+use registration::TellFederation;
 
 /// The name under which a sidecar announces its addresses.
 pub const ROLE: &str = "sidecar";
@@ -46,6 +55,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
         let bound = listen(&outbound, *address, Some(to.clone())).await;
         addresses.insert(format!("listener-{n}"), bound.with_context(|| format!("listeners[{n}].listen"))?);
     }
+    addresses.insert("inbound".to_owned(), serve_inbound(&config, &process, &svid, &trust, &discovery).await?);
     let upkeep = tokio::spawn(outbound::upkeep::run(outbound.clone()));
     let gateways =
         tokio::spawn(outbound::upkeep::follow_gateways(outbound.clone(), discovery.gateways(), svid.clone()));
@@ -65,6 +75,30 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     gateways.abort();
     process::withdraw(&config.state, ROLE)?;
     Ok(())
+}
+
+/// Binds the inbound listener, registers what is served here and begins to check it; yields the address.
+async fn serve_inbound(
+    config: &Config,
+    process: &Process,
+    svid: &SvidSource,
+    trust: &TrustStore,
+    discovery: &SidecarDiscovery,
+) -> anyhow::Result<SocketAddr> {
+    let address = config.inbound;
+    let listener = TcpListener::bind(address).await.with_context(|| format!("inbound: can't listen on {address}"))?;
+    let bound = listener.local_addr()?;
+    let authority = Box::new(Discovered::new(discovery.clone()));
+    let inbound = Inbound::new(&config.services, process, svid, trust, authority);
+    tokio::spawn(inbound::run(listener, inbound));
+    if !config.services.is_empty() {
+        let advertised = config.advertise.clone().unwrap_or_else(|| bound.to_string());
+        registration::register(discovery, &config.services, &advertised);
+        tokio::spawn(registration::watch(discovery.clone()));
+        let sink = TellFederation::new(discovery.clone());
+        tokio::spawn(health::run(config.services.clone(), sink, Verdicts::default(), process.drain.clone()));
+    }
+    Ok(bound)
 }
 
 /// Binds and serves one outbound listener; yields the address that it got.

@@ -1,0 +1,106 @@
+//! One check of one application: a TCP connection, an HTTP request, or the gRPC health protocol.
+
+use bytes::Bytes;
+use http::{Request, header};
+use http_body_util::Empty;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::task::AbortHandle;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::config::ServiceConfig;
+
+/// What is asked of an application. Any answer but a good one is a failure, with its reason.
+pub(super) enum Check {
+    Tcp { address: String },
+    Http { address: String, path: String },
+    Grpc { channel: Result<Channel, String>, service: String },
+}
+
+impl Check {
+    pub(super) fn new(config: &ServiceConfig) -> Self {
+        let address = config.app.clone();
+        if let Some(grpc) = &config.health.grpc {
+            let endpoint = Endpoint::from_shared(format!("http://{address}"));
+            let channel = endpoint.map(|endpoint| endpoint.connect_lazy()).map_err(|error| error.to_string());
+            return Self::Grpc { channel, service: grpc.service.clone() };
+        }
+        match &config.health.http {
+            Some(http) => Self::Http { address, path: http.path.clone() },
+            None => Self::Tcp { address },
+        }
+    }
+
+    pub(super) async fn run(&self) -> Result<(), String> {
+        match self {
+            Self::Tcp { address } => connect(address).await.map(drop),
+            Self::Http { address, path } => get(address, path).await,
+            Self::Grpc { channel, service } => grpc(channel.clone()?, service).await,
+        }
+    }
+}
+
+async fn connect(address: &str) -> Result<TcpStream, String> {
+    TcpStream::connect(address).await.map_err(|error| format!("{address}: {error}"))
+}
+
+/// On a connection of its own, so that one that is stuck is not asked again.
+async fn get(address: &str, path: &str) -> Result<(), String> {
+    let text = |error: hyper::Error| error.to_string();
+    let (mut sender, connection) = http1::handshake(TokioIo::new(connect(address).await?)).await.map_err(text)?;
+    let _driver = AbortOnDrop(tokio::spawn(connection).abort_handle());
+    let request = Request::get(path)
+        .header(header::HOST, address)
+        .header(header::USER_AGENT, concat!("tombolo/", env!("CARGO_PKG_VERSION")))
+        .header(header::CONNECTION, "close")
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| error.to_string())?;
+    let status = sender.send_request(request).await.map_err(text)?.status();
+    if status.is_success() || status.is_redirection() { Ok(()) } else { Err(format!("GET {path} answered {status}")) }
+}
+
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// `grpc.health.v1.HealthCheckRequest` (grpc/health/v1/health.proto).
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthCheckRequest {
+    #[prost(string, tag = "1")]
+    service: String,
+}
+
+/// `grpc.health.v1.HealthCheckResponse`; 1 is SERVING.
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthCheckResponse {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+const SERVING: i32 = 1;
+
+async fn grpc(channel: Channel, service: &str) -> Result<(), String> {
+    let mut client = tonic::client::Grpc::new(channel);
+    client.ready().await.map_err(|error| describe(&error))?;
+    let path = http::uri::PathAndQuery::from_static("/grpc.health.v1.Health/Check");
+    let codec = tonic_prost::ProstCodec::<HealthCheckRequest, HealthCheckResponse>::default();
+    let request = tonic::Request::new(HealthCheckRequest { service: service.to_owned() });
+    let answer = client.unary(request, path, codec).await.map_err(|status| status.to_string())?;
+    let status = answer.into_inner().status;
+    if status == SERVING { Ok(()) } else { Err(format!("the health service answered status {status}")) }
+}
+
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,198 @@
+//! The inbound side: legs from other sidecars, delivered to the application behind this one.
+//!
+//! - [`run`] accepts legs; each client is authorized at each request and each opaque connection
+//!   (`tombolo_core::authz`), against what federation grants at that moment.
+//! - [`http`] carries requests to the application, [`opaque`] bytes; [`app`] holds the connections to it.
+//!
+//! Limits: a request's header section is at most 64 KiB (`tombolo_leg::http::HEADERS_MAX`), a response's as much and
+//! at most [`app::RESPONSE_HEADERS_MAX`] fields; [`LEGS_MAX`] legs at once; requests and connections per application
+//! [`app::IN_USE_MAX`].
+
+pub mod app;
+pub mod http;
+mod observe;
+pub mod opaque;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tombolo_core::authz::{self, Client, Delivered};
+use tombolo_core::id::{ClusterId, ServiceName};
+use tombolo_core::refusal::Refusal;
+use tombolo_leg::Alpn;
+use tombolo_leg::accept::{AcceptedLeg, Acceptor, LegIdentity};
+use tombolo_leg::discovery::{InboundGrants, SidecarDiscovery, Welcome};
+use tombolo_leg::http::{HttpLimits, Serve, serve};
+use tombolo_runtime::drain::DrainWatch;
+use tombolo_runtime::process::Process;
+use tombolo_runtime::telemetry::Tracer;
+use tombolo_trust::store::TrustStore;
+use tombolo_trust::svid::SvidSource;
+
+use crate::config::ServiceConfig;
+use app::App;
+use observe::{Counted, Observed};
+
+/// Legs at once, those in their handshake included.
+pub const LEGS_MAX: usize = 16_384;
+/// Pause after `accept` failed, which it does when the process has no file descriptor left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What federation says about who may call.
+pub trait Authority: Send + Sync + 'static {
+    /// `None` before federation was met for the first time: nobody may call then.
+    fn cluster(&self) -> Option<ClusterId>;
+    fn grants(&self) -> Arc<InboundGrants>;
+}
+
+/// What discovery says.
+#[derive(Debug)]
+pub struct Discovered {
+    discovery: SidecarDiscovery,
+    welcome: watch::Receiver<Option<Welcome>>,
+}
+
+impl Discovered {
+    pub fn new(discovery: SidecarDiscovery) -> Self {
+        Self { welcome: discovery.welcome(), discovery }
+    }
+}
+
+impl Authority for Discovered {
+    fn cluster(&self) -> Option<ClusterId> {
+        self.welcome.borrow().as_ref().map(|welcome| welcome.cluster.clone())
+    }
+
+    fn grants(&self) -> Arc<InboundGrants> {
+        self.discovery.grants().clone()
+    }
+}
+
+/// Everything that the inbound side's tasks share.
+pub struct Inbound {
+    acceptor: Acceptor,
+    trust: TrustStore,
+    svid: SvidSource,
+    authority: Box<dyn Authority>,
+    ports: BTreeSet<(ServiceName, u16)>,
+    apps: BTreeMap<(ServiceName, u16), Arc<App>>,
+    legs: Arc<Semaphore>,
+    observed: Observed,
+    tracer: Tracer,
+    drain: DrainWatch,
+}
+
+impl Inbound {
+    pub fn new(
+        services: &[ServiceConfig],
+        process: &Process,
+        svid: &SvidSource,
+        trust: &TrustStore,
+        authority: Box<dyn Authority>,
+    ) -> Arc<Self> {
+        let apps: BTreeMap<_, _> = services
+            .iter()
+            .map(|config| {
+                ((config.service.clone(), config.port), Arc::new(App::new(config.app.clone(), config.protocol)))
+            })
+            .collect();
+        Arc::new(Self {
+            acceptor: Acceptor::new(svid, trust),
+            trust: trust.clone(),
+            svid: svid.clone(),
+            authority,
+            ports: apps.keys().cloned().collect(),
+            apps,
+            legs: Arc::new(Semaphore::new(LEGS_MAX)),
+            observed: Observed::new(&process.metrics),
+            tracer: process.tracer.clone(),
+            drain: process.drain.clone(),
+        })
+    }
+
+    /// The application for this leg, if its client may call it now.
+    fn authorize(&self, leg: &LegIdentity) -> Result<&Arc<App>, Refusal> {
+        let cluster = self.authority.cluster().ok_or(Refusal::NotExported)?;
+        let grants = self.authority.grants();
+        let delivered = Delivered { cluster: &cluster, ports: &self.ports, grants: &grants };
+        let client = Client { id: &leg.client_id, cluster: &leg.client_cluster };
+        authz::authorize(client, &leg.target, delivered)?;
+        // `ports` are the keys of `apps`.
+        self.apps.get(&(leg.target.service.clone(), leg.target.port)).ok_or(Refusal::UnknownPort)
+    }
+
+    /// Legs open now, for the operator.
+    pub fn legs_open(&self) -> usize {
+        LEGS_MAX - self.legs.available_permits()
+    }
+
+    async fn leg(self: Arc<Self>, tcp: TcpStream, drain: CancellationToken) {
+        let leg = match self.acceptor.accept(tcp).await {
+            Ok(leg) => leg,
+            Err(error) => {
+                self.observed.refused(error.refusal);
+                tracing::debug!(refusal = error.refusal.code(), detail = %error.detail, "leg refused");
+                return;
+            }
+        };
+        let _counted = Counted::new(&self.observed.legs);
+        let _track = self.drain.track();
+        let (credentials, identity) = (leg.credentials.clone(), leg.identity.clone());
+        let serving: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> = match identity.alpn {
+            Alpn::H2 => Box::pin(self.clone().serve_http(leg, drain)),
+            Alpn::Tcp => Box::pin(opaque::serve(self.clone(), leg, drain)),
+        };
+        tokio::select! {
+            () = serving => {}
+            refusal = credentials.refused(&self.trust) => {
+                self.observed.refused(refusal);
+                tracing::info!(client = %identity.client_id, refusal = refusal.code(), "leg closed: its client is no longer trusted");
+            }
+            () = self.drain.stopped() => {}
+        }
+    }
+
+    async fn serve_http(self: Arc<Self>, leg: AcceptedLeg, drain: CancellationToken) {
+        let client = leg.identity.client_id.clone();
+        let options = Serve { limits: HttpLimits::default(), drain, abort: CancellationToken::new() };
+        let service = |request| http::handle(self.clone(), request);
+        if let Err(error) = serve(leg, options, service).await {
+            tracing::debug!(%client, %error, "leg ended");
+        }
+    }
+}
+
+/// Accepts legs until the process has drained. From the beginning of the drain no new ones; those that stand
+/// finish their requests.
+pub async fn run(listener: TcpListener, inbound: Arc<Inbound>) {
+    let drain = CancellationToken::new();
+    let accepting = async {
+        loop {
+            let permit = inbound.legs.clone().acquire_owned().await.expect("the semaphore is never closed");
+            let tcp = match listener.accept().await {
+                Ok((tcp, _)) => tcp,
+                Err(error) => {
+                    tracing::warn!(%error, "no leg could be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let leg = inbound.clone().leg(tcp, drain.clone());
+            tokio::spawn(async move {
+                leg.await;
+                drop(permit);
+            });
+        }
+    };
+    tokio::select! {
+        () = accepting => {}
+        () = inbound.drain.draining() => {}
+    }
+    drop(listener);
+    drain.cancel();
+}
