@@ -110,7 +110,8 @@ async fn measure_part(
     folder: &TempDir,
     figures: &mut Figures,
 ) -> anyhow::Result<()> {
-    let mut systems = Vec::new();
+    let direct = Target::direct(app.address, mesh::HOST);
+    let mut systems = vec![System { name: "direct".to_owned(), target: direct, pids: Vec::new(), envoys: None }];
     for workers in WORKERS {
         let folder = folder.path().join(format!("envoy-{}-{workers}", part.letter()));
         let envoys = Envoys::start(&options.envoy, &folder, part.envoy_chain(), workers, app.address)?;
@@ -226,9 +227,9 @@ enum Better {
 
 fn bars(figures: &Figures) -> Vec<Bar> {
     let of = |workers: usize| RATIOS.iter().map(|ratio| bar(figures, workers, *ratio)).collect::<Vec<_>>();
-    // The number of workers that meets more bars; the same one for all.
+    // The number of workers that meets more bars, the smaller one if equal; the same one for all.
     let passed = |bars: &Vec<Bar>| bars.iter().filter(|bar| bar.pass).count();
-    WORKERS.map(of).into_iter().max_by_key(passed).unwrap_or_default()
+    WORKERS.map(of).into_iter().rev().max_by_key(passed).unwrap_or_default()
 }
 
 fn bar(figures: &Figures, workers: usize, (part, figure, better, bar): (&str, &str, Better, f64)) -> Bar {
