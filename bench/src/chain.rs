@@ -48,13 +48,7 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
     let mut meshes = Vec::new();
     if let Some(binary) = &options.tombolo {
         for workers in WORKERS {
-            let setup = Setup {
-                common: mesh::common(workers),
-                caller: json!({}),
-                local_app: None,
-                remote_app: app.address,
-                binary,
-            };
+            let setup = Setup { workers, caller: json!({}), local_app: None, remote_app: app.address, binary };
             meshes.push((workers, Mesh::start(&setup).await.with_context(|| format!("tombolo, {workers} workers"))?));
         }
     }

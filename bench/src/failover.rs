@@ -70,7 +70,7 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
     let mut local = App::start(LOCAL, folder.path()).await?;
     let remote = App::start(REMOTE, folder.path()).await?;
     let setup = Setup {
-        common: mesh::common(1),
+        workers: 1,
         caller: json!({ "retry": { "tries": 3, "perTryTimeout": PER_TRY_TIMEOUT } }),
         local_app: Some(local.address),
         remote_app: remote.address,

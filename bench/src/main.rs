@@ -4,6 +4,7 @@ mod app;
 mod apps;
 mod chain;
 mod client;
+mod demo;
 mod envoy;
 mod failover;
 mod host;
@@ -34,6 +35,8 @@ enum Command {
     Memory(Given),
     /// Requests that fail while the local application is killed or stopped.
     Failover(Given),
+    /// Time from the demo's start to its first crossing request.
+    Demo(Given),
     /// The application behind the proxies.
     #[command(hide = true)]
     App {
@@ -114,6 +117,7 @@ fn main() -> anyhow::Result<()> {
             Command::Chain(given) => chain::run(&Options::from(given)?).await,
             Command::Memory(given) => memory::run(&Options::from(given)?).await,
             Command::Failover(given) => failover::run(&Options::from(given)?).await,
+            Command::Demo(given) => demo::run(&Options::from(given)?).await,
             Command::App { name, listen, announce } => app::run(name, listen, &announce).await,
         }
     })

@@ -56,7 +56,7 @@ const OPEN: &str = "1,000 connections, MB";
 async fn tombolo(binary: &std::path::Path, figures: &mut Figures) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let app = App::start("west", folder.path()).await?;
-    let setup = Setup { common: mesh::common(1), caller: json!({}), local_app: None, remote_app: app.address, binary };
+    let setup = Setup { workers: 1, caller: json!({}), local_app: None, remote_app: app.address, binary };
     let mesh = Mesh::start(&setup).await?;
     for n in 1..SERVICES {
         let name = format!("service-{n}");

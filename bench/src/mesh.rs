@@ -26,8 +26,8 @@ pub struct Mesh {
 
 /// What differs between benches.
 pub struct Setup<'a> {
-    /// Fields that every role's configuration gets.
-    pub common: Value,
+    /// Threads of each process.
+    pub workers: usize,
     /// Fields of the caller's sidecar beyond its listeners.
     pub caller: Value,
     /// The application in the caller's own cluster, if the service is there too.
@@ -45,9 +45,11 @@ pub const FEDERATION: &str = "federation";
 impl Mesh {
     pub async fn start(setup: &Setup<'_>) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("tombolo-bench-").tempdir()?;
-        let binary = Binary::at(setup.binary);
-        let mut east = Cluster::new(&binary, "east", folder.path(), setup.common.clone())?;
-        let mut west = Cluster::new(&binary, "west", folder.path(), setup.common.clone())?;
+        let binary = Binary::at(setup.binary).with_variable("TOMBOLO_WORKERS", &setup.workers.to_string());
+        // No line in the log for each request, as with Envoy.
+        let common = json!({ "log": { "level": "warn" } });
+        let mut east = Cluster::new(&binary, "east", folder.path(), common.clone())?;
+        let mut west = Cluster::new(&binary, "west", folder.path(), common)?;
         for cluster in [&mut east, &mut west] {
             cluster.declare_service("bench", "echo", &[("http", HTTP_PORT), ("tcp", TCP_PORT)])?;
             cluster.start_federation(json!({})).await?;
@@ -88,9 +90,9 @@ pub fn pid(cluster: &Cluster, name: &str) -> anyhow::Result<u32> {
 
 /// West invites, east accepts; each may bring the namespace into the other.
 async fn peer(east: &Cluster, west: &Cluster) -> anyhow::Result<()> {
-    let invited = west.operator(&["peer", "invite", "--imports", "bench"]).await?;
+    let invited = west.operator(&["peer", "invite", "--imports", "bench/*"]).await?;
     let token = invited.split_whitespace().last().context("`peer invite` printed no token")?;
-    east.operator(&["peer", "accept", token, "--imports", "bench"]).await?;
+    east.operator(&["peer", "accept", token, "--imports", "bench/*"]).await?;
     Ok(())
 }
 
@@ -121,11 +123,6 @@ async fn start_caller(cluster: &mut Cluster, extra: &Value) -> anyhow::Result<An
 
 /// How long a chain may take until its first answer.
 pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
-
-/// What every role's configuration gets here: no log lines for each request, and so many threads.
-pub fn common(workers: usize) -> Value {
-    json!({ "log": { "level": "warn" }, "workers": workers })
-}
 
 /// Exports a service by a file, which is quicker than a hundred commands.
 pub fn export(cluster: &Cluster, namespace: &str, name: &str) -> anyhow::Result<()> {

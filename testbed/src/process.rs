@@ -12,25 +12,35 @@ use tokio::process::{Child, Command};
 
 /// The `tombolo` binary that everything is started from.
 #[derive(Debug, Clone)]
-pub struct Binary(PathBuf);
+pub struct Binary {
+    path: PathBuf,
+    /// Set in the environment of every process that is started from it.
+    environment: Vec<(String, String)>,
+}
 
 impl Binary {
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self(path.into())
+        Self { path: path.into(), environment: Vec::new() }
+    }
+
+    /// The same with a variable in the environment of its processes: `TOMBOLO_WORKERS`, say.
+    pub fn with_variable(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
     }
 
     /// The binary that is running now.
     pub fn this() -> anyhow::Result<Self> {
-        Ok(Self(std::env::current_exe()?))
+        Ok(Self::at(std::env::current_exe()?))
     }
 
     pub fn path(&self) -> &Path {
-        &self.0
+        &self.path
     }
 
     /// Runs one command to its end and gives its standard output; what it wrote to standard error is the error.
     pub async fn run(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        let output = Command::new(&self.0).args(arguments).stdin(Stdio::null()).output().await?;
+        let output = Command::new(&self.path).args(arguments).stdin(Stdio::null()).output().await?;
         if !output.status.success() {
             let reason = String::from_utf8_lossy(&output.stderr);
             bail!("tombolo {}: {}", arguments.get(..2).unwrap_or(arguments).join(" "), reason.trim());
@@ -51,7 +61,8 @@ impl Process {
     pub fn start(binary: &Binary, name: &str, dir: &Path, arguments: &[&str]) -> anyhow::Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let output = File::options().create(true).append(true).open(&log)?;
-        let child = Command::new(&binary.0)
+        let child = Command::new(&binary.path)
+            .envs(binary.environment.iter().cloned())
             .arg("--die-with-parent")
             .args(arguments)
             .stdin(Stdio::null())
