@@ -29,6 +29,10 @@ pub mod stream_code {
 const READ_MIN: usize = 2 * 1024;
 const READ_MAX: usize = 64 * 1024;
 
+/// Octets that the kernel keeps for one receiver beyond what is under way to it. Without this bound it would
+/// take megabytes for each that has stopped reading.
+const UNSENT_MAX: u32 = 256 * 1024;
+
 /// Chunks of a stream that are handed to the kernel in one call; about one packet each.
 const CHUNKS_MAX: usize = 32;
 
@@ -69,6 +73,13 @@ pub struct Pumps<'a> {
     pub stalls: &'a Stalls,
     /// The leg ends when no byte has come out of the tunnel within this time.
     pub first_byte_within: Option<Duration>,
+}
+
+/// Sets a TCP connection up to carry a leg.
+pub fn prepare(tcp: &TcpStream) {
+    // Either only fails on a connection that is gone, which shows soon enough.
+    let _ = tcp.set_nodelay(true);
+    let _ = socket2::SockRef::from(tcp).set_tcp_notsent_lowat(UNSENT_MAX);
 }
 
 /// Carries until both directions have ended or one has failed; then both ends are told.

@@ -9,6 +9,7 @@ use tombolo_core::refusal::Refusal;
 use tombolo_core::sni::LegTarget;
 use tombolo_leg::status::LegRefused;
 
+use crate::copy;
 use crate::gateway::Gateway;
 use crate::snapshot::LegOrigin;
 
@@ -49,7 +50,7 @@ pub async fn deliver(
 
 async fn connect(address: &str, hello: &[u8]) -> std::io::Result<TcpStream> {
     let mut tcp = TcpStream::connect(address).await?;
-    tcp.set_nodelay(true)?;
+    copy::prepare(&tcp);
     tcp.write_all(hello).await?;
     Ok(tcp)
 }

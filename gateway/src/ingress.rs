@@ -62,7 +62,7 @@ pub async fn accept_all(gateway: Arc<Gateway>, listener: TcpListener) {
 }
 
 async fn handle(gateway: Arc<Gateway>, mut tcp: TcpStream, address: SocketAddr, unfinished: Unfinished) {
-    let _ = tcp.set_nodelay(true);
+    copy::prepare(&tcp);
     let opening = client_hello::read_opening(&mut tcp, proxy_policy(&gateway, address.ip())).await;
     let (outcome, proxy) = match opening {
         Ok(Opening { proxy, hello }) => {

@@ -74,8 +74,10 @@ impl Meters {
     }
 
     pub fn ended(&self, end: LegEnd) {
-        if end == LegEnd::Stalled {
-            self.refused(Refusal::Stalled);
+        match end {
+            LegEnd::Stalled => self.refused(Refusal::Stalled),
+            LegEnd::Silent => self.refused(Refusal::Timeout),
+            LegEnd::Closed | LegEnd::TcpReset | LegEnd::StreamReset | LegEnd::TunnelLost => {}
         }
         self.ended.get_or_create(&Ended { end: end.as_str() }).inc();
     }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 use tombolo_core::liveness::Reach;
 use tombolo_core::refusal::Refusal;
+use tombolo_gateway::tunnel::endpoint::EndpointKeys;
 
 use crate::support::*;
 
@@ -168,4 +169,73 @@ async fn a_drain_is_told_first_and_waits_for_its_legs() {
     assert!(!drained.is_finished());
     drop(leg);
     assert_eq!(drained.await.unwrap(), tombolo_runtime::drain::DrainOutcome::Clean);
+}
+
+/// West dials east over a path that can be cut. East keeps its keys in the folder.
+async fn linked_by_path(keys: &std::path::Path) -> (Pair, Path) {
+    let (east, west) = (Cluster::new("east"), Cluster::new("west"));
+    let options = NodeOptions { keys: EndpointKeys::load_or_create(keys).unwrap(), ..Default::default() };
+    let mut east_node = Node::start_with(&east, "gw-e", &[&west], options).await;
+    let mut west_node = Node::start(&west, "gw-w", &[&east]).await;
+    east_node.delivers("shop/web", 80, Sidecar::new().await.echo(), &[&west]);
+    let path = Path::to(east_node.tunnel).await;
+    west_node.dials_at(&east, "gw-e", path.address);
+    west_node.linked(&east).await;
+    east_node.linked(&west).await;
+    (Pair { east, west, east_node, west_node }, path)
+}
+
+#[tokio::test]
+async fn a_silent_path_is_suspect_within_a_second_and_keeps_its_legs() {
+    let folder = tempfile::tempdir().unwrap();
+    let (pair, path) = linked_by_path(folder.path()).await;
+    let registry = &pair.west_node.gateway().registry;
+    let mut leg = pair.west_node.accepted(WEB).await;
+    echoes(&mut leg, "before").await;
+    path.cut();
+    let start = Instant::now();
+    eventually("suspect", || registry.reach(&pair.east.id) == Some(Reach::Suspect)).await;
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    let start = Instant::now();
+    assert_eq!(pair.west_node.refused(WEB).await, Refusal::NoTunnel);
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    path.restore();
+    eventually("up again", || registry.reach(&pair.east.id) == Some(Reach::Up)).await;
+    echoes(&mut leg, "the same leg").await;
+    echoes(&mut pair.west_node.accepted(WEB).await, "a new leg").await;
+}
+
+#[tokio::test]
+async fn a_killed_gateway_ends_its_old_tunnels_when_it_is_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let (pair, path) = linked_by_path(folder.path()).await;
+    let mut leg = pair.west_node.accepted(WEB).await;
+    echoes(&mut leg, "before").await;
+    // Nothing that a dying process would say gets out.
+    path.cut();
+    let address = pair.east_node.tunnel;
+    let served_by = pair.east_node.snapshot.deliveries.clone();
+    drop(pair.east_node);
+    let keys = EndpointKeys::load_or_create(folder.path()).unwrap();
+    let options = NodeOptions { tunnel: address, keys, ..Default::default() };
+    let mut again = Node::start_with(&pair.east, "gw-e", &[&pair.west], options).await;
+    again.snapshot.deliveries = served_by;
+    again.gateway().set_snapshot(again.snapshot.clone());
+    path.restore();
+    let start = Instant::now();
+    assert!(leg.read(&mut [0; 8]).await.is_err());
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    pair.west_node.linked(&pair.east).await;
+    echoes(&mut pair.west_node.accepted(WEB).await, "after").await;
+}
+
+#[tokio::test]
+async fn a_gateway_under_another_id_is_not_taken_for_the_one_dialled() {
+    let (east, west) = (Cluster::new("east"), Cluster::new("west"));
+    let east_node = Node::start(&east, "gw-e", &[&west]).await;
+    let mut west_node = Node::start(&west, "gw-w", &[&east]).await;
+    west_node.dials_at(&east, "gw-other", east_node.tunnel);
+    let errors = || west_node.gateway().dial_errors.lock().unwrap().values().cloned().collect::<Vec<_>>();
+    eventually("said why", || errors().iter().any(|error| error.contains("gw-e, not gw-other"))).await;
+    assert!(west_node.gateway().registry.all().is_empty());
 }

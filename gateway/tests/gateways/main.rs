@@ -5,5 +5,6 @@ mod door;
 mod legs;
 mod links;
 mod peering;
+mod process;
 mod support;
 mod watch;

@@ -1,13 +1,15 @@
 //! Clusters, gateways, and the two ends of a leg.
 
-use std::collections::BTreeSet;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tombolo_core::id::{ClusterId, SpiffeId, TrustDomain};
 use tombolo_core::liveness::{LivenessConfig, Reach};
 use tombolo_core::model::GatewayAddress;
@@ -44,7 +46,7 @@ pub struct Cluster {
     pub id: ClusterId,
     pub domain: TrustDomain,
     pub ca: CertificateAuthority,
-    folder: tempfile::TempDir,
+    _folder: tempfile::TempDir,
 }
 
 impl Cluster {
@@ -52,7 +54,7 @@ impl Cluster {
         let folder = tempfile::tempdir().unwrap();
         let domain: TrustDomain = format!("{name}.tombolo").parse().unwrap();
         let ca = CertificateAuthority::create_or_load(folder.path(), &domain).unwrap();
-        Self { id: name.parse().unwrap(), domain, ca, folder }
+        Self { id: name.parse().unwrap(), domain, ca, _folder: folder }
     }
 
     pub fn spiffe_id(&self, path: &str) -> SpiffeId {
@@ -184,6 +186,13 @@ impl Node {
         &self.running.gateway
     }
 
+    /// Tells this gateway of one address for a gateway of a peer.
+    pub fn dials_at(&mut self, peer: &Cluster, gateway: &str, address: SocketAddr) {
+        let gateways = vec![GatewayAddress { gateway: gateway.parse().unwrap(), address: address.to_string() }];
+        self.snapshot.peers.insert(peer.id.clone(), PeerLink { gateways, ..peer.link(&[]) });
+        self.gateway().set_snapshot(self.snapshot.clone());
+    }
+
     /// Tells this gateway where those of a peer are.
     pub fn dials(&mut self, peer: &Cluster, nodes: &[&Node]) {
         self.snapshot.peers.insert(peer.id.clone(), peer.link(nodes));
@@ -209,14 +218,8 @@ impl Node {
         self.metrics.refusals("gateway").count(refusal)
     }
 
-    /// Opens a leg and returns it with the gateway's status; behind an accepted status come the leg's bytes.
     pub async fn leg(&self, target: &str) -> (TcpStream, Status) {
-        let mut tcp = TcpStream::connect(self.ingress).await.unwrap();
-        let header = ProxyHeader { status_wanted: true, ..Default::default() };
-        tcp.write_all(&header.encode()).await.unwrap();
-        tcp.write_all(&client_hello(target)).await.unwrap();
-        let status = tokio::time::timeout(Duration::from_secs(20), status::read(&mut tcp)).await.unwrap().unwrap();
-        (tcp, status)
+        open(self.ingress, target).await
     }
 
     /// A leg that must be accepted.
@@ -232,6 +235,16 @@ impl Node {
     }
 }
 
+/// Opens a leg and returns it with the gateway's status; behind an accepted status come the leg's bytes.
+pub async fn open(ingress: SocketAddr, target: &str) -> (TcpStream, Status) {
+    let mut tcp = TcpStream::connect(ingress).await.unwrap();
+    let header = ProxyHeader { status_wanted: true, ..Default::default() };
+    tcp.write_all(&header.encode()).await.unwrap();
+    tcp.write_all(&client_hello(target)).await.unwrap();
+    let status = tokio::time::timeout(Duration::from_secs(20), status::read(&mut tcp)).await.unwrap().unwrap();
+    (tcp, status)
+}
+
 /// The first flight of a TLS client that asks for `target`.
 pub fn client_hello(target: &str) -> Vec<u8> {
     let cluster = CLIENT.get_or_init(|| Cluster::new("client"));
@@ -245,7 +258,7 @@ pub fn client_hello(target: &str) -> Vec<u8> {
         &[b"tombolo/tcp"],
     );
     let name = format!("{target}.clusterset.local").try_into().unwrap();
-    let mut client = tokio_rustls::rustls::ClientConnection::new(config, name).unwrap();
+    let mut client = rustls::ClientConnection::new(config, name).unwrap();
     let mut bytes = Vec::new();
     client.write_tls(&mut bytes).unwrap();
     bytes
@@ -289,6 +302,55 @@ impl Sidecar {
             }
         });
         address
+    }
+}
+
+/// Passes datagrams on to a gateway, or loses them: the path between two clusters.
+pub struct Path {
+    pub address: SocketAddr,
+    open: Arc<AtomicBool>,
+}
+
+impl Path {
+    pub async fn to(server: SocketAddr) -> Self {
+        let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let (address, open) = (socket.local_addr().unwrap(), Arc::new(AtomicBool::new(true)));
+        tokio::spawn(forward(socket, server, open.clone()));
+        Self { address, open }
+    }
+
+    pub fn cut(&self) {
+        self.open.store(false, Ordering::Relaxed);
+    }
+
+    pub fn restore(&self) {
+        self.open.store(true, Ordering::Relaxed);
+    }
+}
+
+async fn forward(socket: Arc<UdpSocket>, server: SocketAddr, open: Arc<AtomicBool>) {
+    let mut flows: BTreeMap<SocketAddr, Arc<UdpSocket>> = BTreeMap::new();
+    let mut bytes = vec![0; 65_536];
+    while let Ok((length, client)) = socket.recv_from(&mut bytes).await {
+        if let Entry::Vacant(vacant) = flows.entry(client) {
+            let flow = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+            vacant.insert(flow.clone());
+            tokio::spawn(forward_back(flow, socket.clone(), client, open.clone()));
+        }
+        if open.load(Ordering::Relaxed) {
+            let _ = flows[&client].send_to(&bytes[..length], server).await;
+        }
+    }
+}
+
+async fn forward_back(flow: Arc<UdpSocket>, socket: Arc<UdpSocket>, client: SocketAddr, open: Arc<AtomicBool>) {
+    let mut bytes = vec![0; 65_536];
+    loop {
+        // While nobody listens there, the kernel reports that here.
+        let Ok((length, _)) = flow.recv_from(&mut bytes).await else { continue };
+        if open.load(Ordering::Relaxed) {
+            let _ = socket.send_to(&bytes[..length], client).await;
+        }
     }
 }
 
