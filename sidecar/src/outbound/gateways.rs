@@ -83,9 +83,9 @@ impl Gateways {
         };
         let untried = || all.iter().filter(|gateway| !tried.contains(&gateway.id));
         let best = untried().map(cost).min()?;
-        let equals = untried().filter(|gateway| cost(gateway) == best);
+        let mut equals = untried().filter(|gateway| cost(gateway) == best);
         let count = equals.clone().count() as u64;
-        equals.cloned().nth(usize::try_from(random % count).unwrap_or(0))
+        equals.nth(usize::try_from(random % count).unwrap_or(0)).cloned()
     }
 
     pub fn snapshot(&self) -> Arc<Vec<Arc<Gateway>>> {

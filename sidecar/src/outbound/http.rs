@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Method, Request, Response, StatusCode, request};
+use http::{Method, Request, Response, StatusCode, Version, request};
 use http_body::Body;
 use hyper::body::Incoming;
 use tombolo_core::outlier::Outcome;
@@ -20,7 +20,7 @@ use tombolo_runtime::telemetry::{Kind, Span};
 use super::Outbound;
 use super::body::{BodySource, ResponseBody};
 use super::dial::{Blame, LegFailure};
-use super::refuse::Refused;
+use super::refuse::{Refused, is_grpc};
 use super::replay::RequestBody;
 use super::route::{Flight, Route, Target, Waiting};
 use super::{explain, switch, tunnel};
@@ -72,13 +72,20 @@ impl Outbound {
         request: Request<Incoming>,
         caller: Caller,
     ) -> Result<Response<ResponseBody>, Infallible> {
-        let asked = if grpc_or_explained(request.headers()) { request.headers().clone() } else { HeaderMap::new() };
+        let version = request.version();
+        let asked = if is_grpc(request.headers()) { request.headers().clone() } else { HeaderMap::new() };
         match self.answer(request, &caller).await {
             Ok(response) => Ok(response),
             Err(refused) => {
                 self.observed.refused(refused.refusal);
-                tracing::debug!(caller = %caller.address, refusal = refused.refusal.code(), detail = %refused.detail, "request refused");
-                Ok(refused.respond(&asked).map(ResponseBody::Own))
+                let (refusal, detail) = (refused.refusal.code(), &refused.detail);
+                tracing::debug!(caller = %caller.address, refusal, %detail, "request refused");
+                let mut response = refused.respond(&asked).map(ResponseBody::Own);
+                if refused.refusal == Refusal::BadRequest && version < Version::HTTP_2 {
+                    // Where a malformed request ends is a matter of opinion; nothing behind it is read.
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok(response)
             }
         }
     }
@@ -125,7 +132,8 @@ impl Outbound {
     }
 
     async fn route_of(&self, request: &Request<Incoming>, caller: &Caller) -> Result<Arc<Route>, Refused> {
-        if request.headers().get_all(header::HOST).iter().nth(1).is_some() {
+        let headers = request.headers();
+        if headers.get_all(header::HOST).iter().nth(1).is_some() {
             return Err(Refused::new(Refusal::BadRequest, "the request has more than one Host"));
         }
         if let Some(fixed) = &caller.fixed {
@@ -312,11 +320,6 @@ fn is_gateway_error(status: StatusCode) -> bool {
 
 fn is_plain_connect<B: Body>(request: &Request<B>) -> bool {
     request.method() == Method::CONNECT && request.extensions().get::<hyper::ext::Protocol>().is_none()
-}
-
-/// Whether a refusal of this request needs to look at its headers.
-fn grpc_or_explained(headers: &HeaderMap) -> bool {
-    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
 fn describe(span: &mut Span, answered: &Answered) {

@@ -161,9 +161,10 @@ impl State {
         if !self.legs.iter().any(&is_unfit) {
             return;
         }
-        let (unfit, fit) = std::mem::take(&mut self.legs).into_iter().partition(|dialled| is_unfit(dialled));
+        let (unfit, fit): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.legs).into_iter().partition(|dialled| is_unfit(dialled));
         self.legs = fit;
-        for dialled in Vec::<Dialled>::from(unfit) {
+        for dialled in unfit {
             dialled.leg.retire();
             if dialled.leg.in_flight() > 0 {
                 self.retiring.push(dialled);
