@@ -11,6 +11,7 @@ pub mod operator;
 pub mod peering;
 pub mod registry;
 pub mod report;
+mod run;
 pub mod source;
 pub mod store;
 pub mod sync;
@@ -18,3 +19,4 @@ pub mod sync;
 mod testing;
 
 pub use config::Config;
+pub use run::{ROLE, run};
