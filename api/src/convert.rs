@@ -144,8 +144,13 @@ impl TryFrom<catalog::Export> for Export {
             Ok(catalog::SessionAffinity::ClientIp) => SessionAffinity::ClientIp,
             _ => SessionAffinity::None,
         };
-        let created = Timestamp::from_millisecond(wire.created_unix_ms)
-            .map_err(|_| InvalidMessage::Value { field: "created_unix_ms", reason: "out of range" })?;
+        // What is not exported is younger than anything that is: the end of time, which as milliseconds lies
+        // just beyond the last timestamp that can be held.
+        let created = match Timestamp::from_millisecond(wire.created_unix_ms) {
+            Ok(created) => created,
+            Err(_) if wire.created_unix_ms > 0 => Timestamp::MAX,
+            Err(_) => return Err(InvalidMessage::Value { field: "created_unix_ms", reason: "out of range" }),
+        };
         let endpoints: BTreeMap<_, _> = wire
             .endpoints
             .into_iter()
@@ -202,6 +207,16 @@ mod tests {
             endpoints: [(endpoint.id.clone(), endpoint)].into(),
         };
         assert_eq!(Export::try_from(catalog::Export::from(&export)).unwrap(), export);
+    }
+
+    #[test]
+    fn the_end_of_time_crosses() {
+        let wire = catalog::Export {
+            service: "shop/web".into(),
+            created_unix_ms: Timestamp::MAX.as_millisecond(),
+            ..Default::default()
+        };
+        assert_eq!(Export::try_from(wire).unwrap().created, Timestamp::MAX);
     }
 
     #[test]

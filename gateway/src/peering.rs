@@ -24,8 +24,6 @@ const EXPORTER_LABEL: &[u8] = b"EXPORTER-tombolo-peering";
 const MESSAGE_MAX: usize = 64 * 1024;
 /// How long a caller has, from its handshake to the answer.
 const KNOCK_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a caller has to read the answer.
-const GOODBYE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long each step of a dial may take.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Reports that wait for the stream to the federation.
@@ -115,11 +113,7 @@ pub async fn accept(
     chain: Vec<CertificateDer<'static>>,
 ) -> Result<(), Refusal> {
     let _room = gateway.peering.enter()?;
-    timeout(KNOCK_TIMEOUT, relay_knock(gateway, connection, chain)).await.map_err(|_| Refusal::Timeout)??;
-    // The caller closes when it has read the answer; a close from here could overtake it.
-    let _ = timeout(GOODBYE_TIMEOUT, connection.closed()).await;
-    connection.close(CLOSE_DONE, b"done");
-    Ok(())
+    timeout(KNOCK_TIMEOUT, relay_knock(gateway, connection, chain)).await.map_err(|_| Refusal::Timeout)?
 }
 
 async fn relay_knock(
@@ -139,7 +133,10 @@ async fn relay_knock(
     })?;
     let answer = (&mut awaited.message).await.map_err(|_| Refusal::ConnectionLost)?;
     send.write_all(&answer).await.map_err(|_| Refusal::ConnectionLost)?;
-    send.finish().map_err(|_| Refusal::ConnectionLost)
+    let _ = send.finish();
+    // The caller closes when it has read the answer; a close from here could overtake it.
+    connection.closed().await;
+    Ok(())
 }
 
 async fn dial(gateway: Arc<Gateway>, attempt: String, addresses: Vec<String>, root_sha256: [u8; 32]) {

@@ -136,6 +136,7 @@ impl Cluster {
         let config = json!({
             "id": id,
             "tunnel": "127.0.0.1:0",
+            "advertise": ["127.0.0.1:0"],
             "ingress": "127.0.0.1:0",
             "watch": "127.0.0.1:0",
         });

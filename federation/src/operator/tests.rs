@@ -48,7 +48,6 @@ impl Running {
             trust: TrustStore::new(),
             store: store.clone(),
             metrics: Metrics::new("federation"),
-            remembered: Default::default(),
         };
         let (hub, events) = hub::start(start);
         let settings = SourceSettings {

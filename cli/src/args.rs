@@ -1,0 +1,279 @@
+//! The command line, as `--help` shows it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tombolo_core::id::{ClusterId, ServiceName};
+use tombolo_core::model::ServiceSelector;
+
+/// Ties Kubernetes clusters, clouds and plain machines into one service network.
+#[derive(Parser)]
+#[command(name = "tombolo", version, max_term_width = 110, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// End this process when its parent ends.
+    #[arg(long, global = true, hide = true)]
+    pub die_with_parent: bool,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Two clusters on this machine: a request crosses, the local app dies, traffic fails over and returns
+    Demo(DemoOptions),
+    /// Link this cluster to another one: invite, accept, list, remove
+    #[command(subcommand)]
+    Peer(PeerCommand),
+    /// Export a service to the peers of this cluster
+    Export(ExportCommand),
+    /// Take an export back that `tombolo export` made
+    Unexport(ExportCommand),
+    /// Show peers, tunnels, services, gateways and sidecars of this cluster
+    Status(StatusCommand),
+    /// Let a sidecar or gateway join this cluster: add, list, remove join entries
+    #[command(subcommand)]
+    Join(JoinCommand),
+    /// Manage the roots of this cluster's own trust domain
+    #[command(subcommand)]
+    Trust(TrustCommand),
+    /// Run the federation service: catalogue, trust, peer sync
+    Federation(StartRole),
+    /// Run an east-west gateway: QUIC tunnels to other clusters
+    Gateway(StartRole),
+    /// Run a sidecar beside a workload
+    Sidecar(StartRole),
+    /// Run all three in one process: a VM or laptop as a small cluster of its own
+    Agent(StartRole),
+    /// Print the version
+    Version,
+    /// The application that the demo puts behind its sidecars
+    #[command(hide = true)]
+    DemoApp(DemoAppOptions),
+}
+
+/// How a role is started: one YAML file, flags, or both (a flag wins over the file).
+#[derive(Args)]
+pub struct StartRole {
+    /// YAML file with the role's configuration
+    #[arg(long, short, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Set one field, by its path in the file: `--set admin=127.0.0.1:0 --set limits.legs=500`
+    #[arg(long = "set", value_name = "FIELD=VALUE", value_parser = parse_set)]
+    pub set: Vec<(String, String)>,
+
+    /// Directory for keys and state
+    #[arg(long, env = "TOMBOLO_STATE", value_name = "DIR")]
+    pub state: Option<PathBuf>,
+
+    /// Validate the configuration, print what is wrong with it, and stop
+    #[arg(long)]
+    pub check_config: bool,
+
+    /// Worker threads; 1 is the fastest for each core, more use more cores
+    #[arg(long, env = "TOMBOLO_WORKERS", default_value_t = 1, value_name = "N")]
+    pub workers: usize,
+}
+
+fn parse_set(text: &str) -> Result<(String, String), String> {
+    let (field, value) = text.split_once('=').ok_or("write FIELD=VALUE")?;
+    Ok((field.to_owned(), value.to_owned()))
+}
+
+/// Where the federation of this cluster listens for its operator.
+#[derive(Args)]
+pub struct Socket {
+    /// State directory of the federation; its operator socket is in there
+    #[arg(long, env = "TOMBOLO_STATE", default_value = "/var/lib/tombolo", value_name = "DIR")]
+    pub state: PathBuf,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Tables for a person
+    #[default]
+    Table,
+    /// One JSON document
+    Json,
+}
+
+#[derive(Subcommand)]
+pub enum PeerCommand {
+    /// Print a one-time token with which another cluster can link itself to this one
+    Invite(InviteCommand),
+    /// Link this cluster to the one that made the token
+    Accept(AcceptCommand),
+    /// List linked clusters and open invitations
+    List(StatusCommand),
+    /// Unlink a cluster: close its tunnels and withdraw its services, at once
+    Remove(RemoveCommand),
+}
+
+/// What this cluster grants the other one.
+#[derive(Args)]
+pub struct Grants {
+    /// What the peer is offered, among what is exported: `*`, `shop/*`, `shop/web` [default: *]
+    #[arg(long, value_name = "SELECTOR", value_delimiter = ',')]
+    pub exports: Vec<ServiceSelector>,
+
+    /// What the peer may bring in: `shop/*`, `shop/web`, `*`, or `none`; asked for when not given
+    #[arg(long, value_name = "SELECTOR", value_delimiter = ',')]
+    pub imports: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct InviteCommand {
+    #[command(flatten)]
+    pub grants: Grants,
+
+    /// How long the token can be used
+    #[arg(long, default_value = "1h", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub expires: Duration,
+
+    /// Address of a gateway of this cluster as the other one can reach it (host:port) [default: what the gateways advertise]
+    #[arg(long = "address", value_name = "HOST:PORT")]
+    pub addresses: Vec<String>,
+
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Output,
+
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct AcceptCommand {
+    /// The token that `tombolo peer invite` printed; `-` reads it from standard input
+    pub token: String,
+
+    #[command(flatten)]
+    pub grants: Grants,
+
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Output,
+
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct RemoveCommand {
+    /// The cluster to unlink
+    pub cluster: ClusterId,
+
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct ExportCommand {
+    /// The service: `web.shop` or `shop/web`
+    pub service: ServiceName,
+
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct StatusCommand {
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Output,
+
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Subcommand)]
+pub enum JoinCommand {
+    /// Print a join token for one identity
+    Add(JoinAddCommand),
+    /// List join entries
+    List(StatusCommand),
+    /// Remove a join entry; identities issued by it stay until they expire
+    Remove(JoinRemoveCommand),
+}
+
+#[derive(Args)]
+#[group(skip)]
+pub struct JoinAddCommand {
+    /// A workload, as namespace/service-account
+    #[arg(long, value_name = "NAMESPACE/ACCOUNT", required_unless_present = "gateway", conflicts_with = "gateway")]
+    pub workload: Option<String>,
+
+    /// A gateway, by its id
+    #[arg(long, value_name = "ID")]
+    pub gateway: Option<String>,
+
+    /// How many different keys may redeem the token
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub uses: u32,
+
+    /// How long the token can be redeemed
+    #[arg(long, default_value = "1h", value_parser = humantime::parse_duration, value_name = "TIME")]
+    pub expires: Duration,
+
+    /// Write the token to this file (0600) instead of printing it
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct JoinRemoveCommand {
+    /// The entry, as `tombolo join list` shows it
+    pub entry: String,
+
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Subcommand)]
+pub enum TrustCommand {
+    /// Make a new root and publish it beside the present one, to peers too
+    AddRoot(SocketOnly),
+}
+
+#[derive(Args)]
+pub struct SocketOnly {
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct DemoOptions {
+    /// Run the script once, clean up, and exit 0 only if every step really happened
+    #[arg(long)]
+    pub once: bool,
+
+    /// Keep the configurations, states and logs of the run, and say where they are
+    #[arg(long)]
+    pub keep: bool,
+
+    /// UDP port of the first cluster's tunnel; 0 picks a free one
+    #[arg(long, default_value_t = 0, value_name = "PORT")]
+    pub tunnel_port: u16,
+
+    /// Send traces of every process to this OTLP/gRPC endpoint
+    #[arg(long, value_name = "URL")]
+    pub otlp: Option<String>,
+}
+
+#[derive(Args)]
+pub struct DemoAppOptions {
+    /// Where to listen
+    #[arg(long)]
+    pub listen: SocketAddr,
+
+    /// What it answers with
+    #[arg(long)]
+    pub name: String,
+
+    /// Where to write the address that it listens on
+    #[arg(long)]
+    pub announce: PathBuf,
+}

@@ -1,0 +1,90 @@
+//! The command line: complete help, and refusals that say where and why.
+
+#![allow(clippy::unwrap_used)]
+
+use std::process::{Command, Output};
+
+fn tombolo(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_tombolo")).args(arguments).env_remove("TOMBOLO_STATE").output().unwrap()
+}
+
+fn errors(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn every_command_explains_itself() {
+    for command in [
+        &["--help"][..],
+        &["federation", "--help"],
+        &["gateway", "--help"],
+        &["sidecar", "--help"],
+        &["agent", "--help"],
+        &["peer", "invite", "--help"],
+        &["peer", "accept", "--help"],
+        &["peer", "list", "--help"],
+        &["peer", "remove", "--help"],
+        &["export", "--help"],
+        &["unexport", "--help"],
+        &["status", "--help"],
+        &["join", "add", "--help"],
+        &["trust", "add-root", "--help"],
+        &["demo", "--help"],
+    ] {
+        let output = tombolo(command);
+        assert!(output.status.success(), "{command:?}");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains("Usage: tombolo"), "{command:?}: {text}");
+        // An option without a word about it is no help.
+        let bare = text
+            .lines()
+            .any(|line| line.trim_start().starts_with("--") && !line.trim().contains("  ") && !line.contains('<'));
+        assert!(!bare, "{command:?}: {text}");
+    }
+}
+
+#[test]
+fn a_bad_file_is_refused_with_file_line_and_reason() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("federation.yaml");
+    std::fs::write(&file, "cluster: east\nstate: /tmp/none\nsource:\n  directory: /tmp/none\nadmni: 127.0.0.1:0\n")
+        .unwrap();
+    let output = tombolo(&["federation", "--check-config", "--config", file.to_str().unwrap()]);
+    assert!(!output.status.success());
+    let said = errors(&output);
+    assert!(said.contains("federation.yaml:5") && said.contains("admni"), "{said}");
+
+    std::fs::write(&file, "cluster: East!\nstate: /tmp/none\nsource:\n  directory: /tmp/none\n").unwrap();
+    let said = errors(&tombolo(&["federation", "--check-config", "--config", file.to_str().unwrap()]));
+    assert!(said.contains("federation.yaml:1") && said.contains("DNS label"), "{said}");
+}
+
+#[test]
+fn a_good_file_passes_and_flags_win_over_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("federation.yaml");
+    let text = format!("cluster: east\nstate: {0}\nsource:\n  directory: {0}\n", directory.path().display());
+    std::fs::write(&file, text).unwrap();
+    let path = file.to_str().unwrap();
+    let output = tombolo(&["federation", "--check-config", "--config", path]);
+    assert!(output.status.success(), "{}", errors(&output));
+    let said = errors(&tombolo(&["federation", "--check-config", "--config", path, "--set", "cluster=Not A Label"]));
+    assert!(said.contains("cluster"), "{said}");
+}
+
+#[test]
+fn a_missing_federation_is_named_with_the_next_step() {
+    let directory = tempfile::tempdir().unwrap();
+    let said = errors(&tombolo(&["status", "--state", directory.path().to_str().unwrap()]));
+    assert!(said.contains("operator.sock") && said.contains("--state"), "{said}");
+}
+
+#[test]
+fn a_script_must_say_what_a_peer_may_bring_in() {
+    let output = Command::new(env!("CARGO_BIN_EXE_tombolo"))
+        .args(["peer", "invite", "--state", "/nonexistent"])
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    assert!(errors(&output).contains("--imports is required without a terminal"), "{}", errors(&output));
+}

@@ -1,0 +1,238 @@
+//! Whole clusters as separate processes, asked by programs that are not ours.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use support::{World, app, curl, curl_until, in_sync, link, python, serve, start_caller, until};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::process::Command;
+use tombolo_testbed::{Cluster, Sidecar};
+
+const WEB: &str = "http://web.shop.svc.clusterset.local/";
+
+/// A caller in east, the application `web` in west, linked; west exports.
+async fn crossing(world: &World) -> (Cluster, Cluster, SocketAddr, app::App) {
+    let (mut east, mut west) = tokio::join!(world.cluster("east"), world.cluster("west"));
+    let web = app::http("web-in-west").await;
+    serve(&mut west, "web", "http", "http", web.address).await;
+    link(&west, &east).await;
+    west.operator(&["export", "web.shop"]).await.unwrap();
+    let proxy = start_caller(&mut east).await;
+    (east, west, proxy, web)
+}
+
+#[tokio::test]
+async fn a_request_crosses_and_both_ends_know_who_the_other_is() {
+    let world = World::new().await;
+    let (mut east, mut west, proxy, _web) = crossing(&world).await;
+    let answer = curl_until(proxy, WEB, "web-in-west").await;
+    assert!(answer.body.contains("caller=URI=spiffe://east.tombolo/ns/shop/sa/frontend"), "{answer:?}");
+    assert!(answer.body.contains("host=web.shop.svc.clusterset.local"), "{answer:?}");
+    assert_eq!(answer.header("tombolo-server-id"), Some("spiffe://west.tombolo/ns/shop/sa/web"));
+    assert_eq!(answer.header("tombolo-cluster"), Some("west"));
+    let path = answer.header("tombolo-path").unwrap();
+    assert!(path.contains("east/gw") && path.contains("west/gw"), "{path}");
+
+    // A body of several windows, both ways.
+    let big = "x".repeat(3_000_000);
+    let file = world.directory.path().join("big");
+    std::fs::write(&file, &big).unwrap();
+    let data = format!("@{}", file.display());
+    let echo = curl(proxy, &["--data-binary", &data, &format!("{WEB}echo")]).await;
+    assert_eq!((echo.status, echo.body.len()), (200, big.len()));
+
+    // What nobody exports can't be told apart from what does not exist.
+    let refused = curl(proxy, &["http://secret.shop.svc.clusterset.local/"]).await;
+    assert!(refused.status >= 400, "{refused:?}");
+    assert_eq!(refused.header("tombolo-refusal"), Some("unknown-service"), "{refused:?}");
+
+    west.operator(&["unexport", "web.shop"]).await.unwrap();
+    until("the withdrawn service to be refused", async || {
+        (curl(proxy, &[WEB]).await.header("tombolo-refusal") == Some("unknown-service")).then_some(())
+    })
+    .await;
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
+async fn three_clusters_stand_in_for_each_other() {
+    let world = World::new().await;
+    let (mut a, mut b, mut c) = tokio::join!(world.cluster("a"), world.cluster("b"), world.cluster("c"));
+    let (in_b, in_c) = (app::http("web-in-b").await, app::http("web-in-c").await);
+    serve(&mut b, "web", "http", "http", in_b.address).await;
+    serve(&mut c, "web", "http", "http", in_c.address).await;
+    link(&b, &a).await;
+    link(&a, &c).await;
+    b.operator(&["export", "web.shop"]).await.unwrap();
+    c.operator(&["export", "web.shop"]).await.unwrap();
+    let proxy = start_caller(&mut a).await;
+    curl_until(proxy, WEB, "web-in-").await;
+    drop(in_b);
+    curl_until(proxy, WEB, "web-in-c").await;
+    for _ in 0..20 {
+        let answer = curl(proxy, &[WEB]).await;
+        assert!(answer.status == 200 && answer.body.starts_with("web-in-c"), "{answer:?}");
+    }
+    tokio::join!(a.stop(), b.stop(), c.stop());
+}
+
+#[tokio::test]
+async fn a_killed_role_comes_back_with_its_state_and_traffic_resumes() {
+    let world = World::new().await;
+    let (mut east, mut west, proxy, _web) = crossing(&world).await;
+    curl_until(proxy, WEB, "web-in-west").await;
+    for (cluster, role) in [
+        ("east", "gw"),
+        ("west", "gw"),
+        ("west", "federation"),
+        ("east", "federation"),
+        ("west", "web"),
+        ("east", "frontend"),
+    ] {
+        let side = if cluster == "east" { &mut east } else { &mut west };
+        side.kill(role).await.unwrap();
+        side.restart(role).await.unwrap();
+        let answer = curl_until(proxy, WEB, "web-in-west").await;
+        assert_eq!(answer.header("tombolo-cluster"), Some("west"), "after {role} of {cluster}");
+    }
+    in_sync(&east, "west").await;
+    in_sync(&west, "east").await;
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
+async fn removing_a_peer_withdraws_its_services_at_once() {
+    let world = World::new().await;
+    let (mut east, mut west, proxy, _web) = crossing(&world).await;
+    curl_until(proxy, WEB, "web-in-west").await;
+    east.operator(&["peer", "remove", "west"]).await.unwrap();
+    let began = Instant::now();
+    until("the removed peer's service to be refused", async || (curl(proxy, &[WEB]).await.status != 200).then_some(()))
+        .await;
+    assert!(began.elapsed() < Duration::from_secs(5));
+    let peers: Value = serde_json::from_str(&east.operator(&["peer", "list", "-o", "json"]).await.unwrap()).unwrap();
+    assert_eq!(peers["peers"].as_array().map(Vec::len), Some(0), "{peers}");
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
+async fn a_server_that_speaks_first_crosses_with_its_half_close() {
+    let world = World::new().await;
+    let (mut east, mut west) = tokio::join!(world.cluster("east"), world.cluster("west"));
+    let mail = app::banner("220 ready\r\n").await;
+    serve(&mut west, "mail", "smtp", "opaque", mail.address).await;
+    link(&west, &east).await;
+    west.operator(&["export", "mail.shop"]).await.unwrap();
+    let config = json!({ "listeners": [{ "listen": "127.0.0.1:0", "to": "mail.shop:80" }] });
+    let sidecar = Sidecar { name: "frontend", workload: "shop/frontend", config };
+    let announced = east.start_sidecar(sidecar).await.unwrap();
+    let listener = announced.address("listener-0").unwrap();
+    let got = until("the conversation to cross", async || {
+        let mut stream = TcpStream::connect(listener).await.ok()?;
+        let mut banner = [0; 11];
+        stream.read_exact(&mut banner).await.ok()?;
+        stream.write_all(b"EHLO east\r\n").await.ok()?;
+        stream.shutdown().await.ok()?;
+        let mut rest = String::new();
+        stream.read_to_string(&mut rest).await.ok()?;
+        Some((String::from_utf8_lossy(&banner).into_owned(), rest))
+    })
+    .await;
+    assert_eq!(got, ("220 ready\r\n".to_owned(), "EHLO east\r\n".to_owned()));
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
+async fn grpc_of_another_stack_crosses_with_streams_and_trailers() {
+    let Some(python) = python().await else { return };
+    let world = World::new().await;
+    let (mut east, mut west) = tokio::join!(world.cluster("east"), world.cluster("west"));
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/grpc_peer.py");
+    let port_file = world.directory.path().join("grpc-port");
+    let mut server = Command::new(&python).args([script, "serve"]).arg(&port_file).kill_on_drop(true).spawn().unwrap();
+    let port: u16 =
+        until("the gRPC server to listen", async || std::fs::read_to_string(&port_file).ok()?.parse().ok()).await;
+    serve(&mut west, "api", "grpc", "grpc", SocketAddr::from(([127, 0, 0, 1], port))).await;
+    link(&west, &east).await;
+    west.operator(&["export", "api.shop"]).await.unwrap();
+    let config = json!({ "listeners": [{ "listen": "127.0.0.1:0", "to": "api.shop:80" }] });
+    let sidecar = Sidecar { name: "frontend", workload: "shop/frontend", config };
+    let listener = east.start_sidecar(sidecar).await.unwrap().address("listener-0").unwrap();
+    let call = Command::new(&python).args([script, "call", &listener.to_string()]).kill_on_drop(true).output();
+    let output = tokio::time::timeout(Duration::from_secs(60), call).await.unwrap().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "unary ok\nserver stream ok\nbidirectional stream ok\nstatus and trailers ok\ndeadline ok\n"
+    );
+    server.kill().await.unwrap();
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
+async fn a_stream_and_a_websocket_live_through_three_renewals() {
+    let Some(python) = python().await else { return };
+    let world = World::new().await;
+    let short = json!({ "svidLife": "10s" });
+    let (mut east, mut west) = tokio::join!(
+        world.cluster_with("east", json!({}), short.clone()),
+        world.cluster_with("west", json!({}), short.clone())
+    );
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/websocket_peer.py");
+    let port_file = world.directory.path().join("ws-port");
+    let mut server = Command::new(&python).args([script, "serve"]).arg(&port_file).kill_on_drop(true).spawn().unwrap();
+    let port: u16 =
+        until("the WebSocket server to listen", async || std::fs::read_to_string(&port_file).ok()?.parse().ok()).await;
+    let web = app::http("web-in-west").await;
+    serve(&mut west, "web", "http", "http", web.address).await;
+    serve(&mut west, "chat", "http", "http", SocketAddr::from(([127, 0, 0, 1], port))).await;
+    link(&west, &east).await;
+    west.operator(&["export", "web.shop"]).await.unwrap();
+    west.operator(&["export", "chat.shop"]).await.unwrap();
+    let config = json!({ "listeners": [{ "listen": "127.0.0.1:0", "to": "chat.shop:80" }] });
+    let sidecar = Sidecar { name: "frontend", workload: "shop/frontend", config };
+    let announced = east.start_sidecar(sidecar).await.unwrap();
+    let (proxy, listener) = (announced.address("outbound").unwrap(), announced.address("listener-0").unwrap());
+    curl_until(proxy, WEB, "web-in-west").await;
+
+    // Half-life is 5 s: 18 s see three renewals of every certificate on the way.
+    let chat = Command::new(&python).args([script, "chat", &listener.to_string(), "18"]).kill_on_drop(true).output();
+    let url = format!("{WEB}drip?18");
+    let drip = curl(proxy, &["-m", "40", &url]);
+    let (chat, drip) = tokio::join!(chat, drip);
+    let chat = chat.unwrap();
+    assert!(chat.status.success(), "{}", String::from_utf8_lossy(&chat.stderr));
+    assert_eq!(drip.body.lines().count(), 180, "{drip:?}");
+    assert_eq!(curl(proxy, &[WEB]).await.status, 200);
+    server.kill().await.unwrap();
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
+async fn a_new_root_reaches_the_peer_without_a_dropped_connection() {
+    let world = World::new().await;
+    let (mut east, mut west, proxy, _web) = crossing(&world).await;
+    curl_until(proxy, WEB, "web-in-west").await;
+    let url = format!("{WEB}drip?4");
+    let stream = curl(proxy, &[&url]);
+    let rotate = async {
+        let said = west.operator(&["trust", "add-root"]).await.unwrap();
+        assert!(said.contains("bundle sequence 2"), "{said}");
+        until("east to hold west's bundle of sequence 2", async || {
+            let status = east.status().await.ok()?;
+            (status["peers"][0]["bundleSequence"] == 2).then_some(())
+        })
+        .await;
+    };
+    let (stream, ()) = tokio::join!(stream, rotate);
+    assert_eq!(stream.body.lines().count(), 40, "{stream:?}");
+    assert_eq!(curl(proxy, &[WEB]).await.status, 200);
+    tokio::join!(east.stop(), west.stop());
+}

@@ -1,0 +1,121 @@
+//! One request, one trace, as a real Jaeger stores it.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::net::{SocketAddr, TcpListener};
+use std::process::Stdio;
+
+use serde_json::{Value, json};
+use support::{World, app, curl, curl_until, link, serve, skip, start_caller, tools, until};
+use tokio::process::{Child, Command};
+
+struct Jaeger {
+    otlp: String,
+    query: SocketAddr,
+    _process: Child,
+}
+
+/// Ports that were free a moment ago: Jaeger can't announce the ones that it would pick.
+fn free_ports<const N: usize>() -> [u16; N] {
+    let held: [TcpListener; N] = std::array::from_fn(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+    held.map(|listener| listener.local_addr().unwrap().port())
+}
+
+async fn jaeger(directory: &std::path::Path) -> Option<Jaeger> {
+    let binary = tools().join("jaeger");
+    if !binary.exists() {
+        skip("Jaeger (testbed/tools/install builds it with Go)");
+        return None;
+    }
+    let [otlp, otlp_http, query, query_grpc, admin, sampling_http, sampling_grpc, thrift] = free_ports();
+    let log = std::fs::File::create(directory.join("jaeger.log")).unwrap();
+    let process = Command::new(binary)
+        .arg(format!("--collector.otlp.grpc.host-port=127.0.0.1:{otlp}"))
+        .arg(format!("--collector.otlp.http.host-port=127.0.0.1:{otlp_http}"))
+        .arg(format!("--query.http-server.host-port=127.0.0.1:{query}"))
+        .arg(format!("--query.grpc-server.host-port=127.0.0.1:{query_grpc}"))
+        .arg(format!("--admin.http.host-port=127.0.0.1:{admin}"))
+        .arg(format!("--collector.http-server.host-port=127.0.0.1:{sampling_http}"))
+        .arg(format!("--collector.grpc-server.host-port=127.0.0.1:{sampling_grpc}"))
+        .arg(format!("--http-server.host-port=127.0.0.1:{thrift}"))
+        .args([
+            "--processor.jaeger-compact.server-host-port=127.0.0.1:0",
+            "--processor.jaeger-binary.server-host-port=127.0.0.1:0",
+        ])
+        .args(["--processor.zipkin-compact.server-host-port=127.0.0.1:0"])
+        .env("SPAN_STORAGE_TYPE", "memory")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let query = SocketAddr::from(([127, 0, 0, 1], query));
+    until("Jaeger to answer", async || ask(query, "/api/services").await).await;
+    Some(Jaeger { otlp: format!("http://127.0.0.1:{otlp}"), query, _process: process })
+}
+
+async fn ask(query: SocketAddr, path: &str) -> Option<Value> {
+    let output = Command::new("curl").args(["-sf", &format!("http://{query}{path}")]).output().await.ok()?;
+    serde_json::from_slice(&output.stdout).ok()
+}
+
+/// The spans of one trace, once `complete` finds all that it looks for in them.
+async fn trace(query: SocketAddr, id: &str, complete: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+    until(&format!("trace {id} to be whole"), async || {
+        let answer = ask(query, &format!("/api/traces/{id}")).await?;
+        let spans = answer["data"][0]["spans"].as_array()?.clone();
+        complete(&spans).then_some(spans)
+    })
+    .await
+}
+
+fn tag<'a>(span: &'a Value, key: &str) -> Option<&'a str> {
+    span["tags"].as_array()?.iter().find(|tag| tag["key"] == key)?["value"].as_str()
+}
+
+fn of_kind<'a>(spans: &'a [Value], kind: &str) -> Option<&'a Value> {
+    spans.iter().find(|span| tag(span, "span.kind") == Some(kind))
+}
+
+#[tokio::test]
+async fn two_requests_over_one_warm_leg_are_two_whole_traces() {
+    let world = World::new().await;
+    let Some(jaeger) = jaeger(world.directory.path()).await else { return };
+    let common = json!({ "telemetry": { "otlp": jaeger.otlp } });
+    let (mut east, mut west) = tokio::join!(
+        world.cluster_with("east", common.clone(), json!({})),
+        world.cluster_with("west", common.clone(), json!({}))
+    );
+    let web = app::http("web-in-west").await;
+    serve(&mut west, "web", "http", "http", web.address).await;
+    link(&west, &east).await;
+    west.operator(&["export", "web.shop"]).await.unwrap();
+    let proxy = start_caller(&mut east).await;
+    let url = "http://web.shop.svc.clusterset.local/";
+    // Warms the leg, in a trace of its own.
+    curl_until(proxy, url, "web-in-west").await;
+
+    for trace_id in ["0af7651916cd43dd8448eb211c80319c", "1bf7651916cd43dd8448eb211c80319d"] {
+        let parent = format!("traceparent: 00-{trace_id}-b7ad6b7169203331-01");
+        let answer = curl(proxy, &["-H", &parent, url]).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let spans = trace(jaeger.query, trace_id, |spans| {
+            of_kind(spans, "client").is_some() && of_kind(spans, "server").is_some()
+        })
+        .await;
+        let (client, server) = (of_kind(&spans, "client").unwrap(), of_kind(&spans, "server").unwrap());
+        assert_eq!(
+            server["references"][0]["spanID"], client["spanID"],
+            "the server's span is the client's child: {server}"
+        );
+        assert_eq!(tag(client, "tombolo.gateways"), Some("east/gw,west/gw"), "{client}");
+        assert_eq!(tag(client, "tombolo.path"), Some("east,west"), "{client}");
+        let links =
+            client["references"].as_array().unwrap().iter().filter(|reference| reference["refType"] == "FOLLOWS_FROM");
+        assert_eq!(links.count(), 2, "both gateways' leg spans are linked: {client}");
+    }
+    tokio::join!(east.stop(), west.stop());
+}
