@@ -14,6 +14,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tombolo_leg::discovery::ServiceState;
+use tombolo_runtime::process::Process;
 
 #[tokio::test]
 async fn names_are_taken_from_the_target_then_from_host() {
@@ -359,4 +360,32 @@ async fn a_client_that_says_nothing_costs_nothing_but_its_connection() {
     bounded(half.read_to_string(&mut answer)).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
     assert!(bounded(world.get("/")).await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn a_drain_lets_requests_finish_and_takes_no_new_ones() {
+    let (trigger, drain) = tombolo_runtime::drain::drain();
+    let mut process = Process::bare("sidecar");
+    process.drain = drain;
+    let world = World::of("", &process).await;
+    let _silent = TcpStream::connect(world.proxy).await.unwrap();
+    let mut slow = TcpStream::connect(world.proxy).await.unwrap();
+    slow.write_all(format!("GET http://{WEB}/slow HTTP/1.1\r\nHost: {WEB}\r\n\r\n").as_bytes()).await.unwrap();
+    eventually("the request is under way", || world.local.requests() == 1).await;
+    let draining = tokio::spawn(trigger.drain(Duration::from_secs(10)));
+    let mut answer = String::new();
+    bounded(slow.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\r\neast\r\n"), "{answer}");
+    let outcome = bounded(draining).await.unwrap();
+    assert!(matches!(outcome, tombolo_runtime::drain::DrainOutcome::Clean), "{outcome:?}");
+    assert!(TcpStream::connect(world.proxy).await.is_err(), "the listener is closed");
+}
+
+#[tokio::test]
+async fn services_that_idle_are_let_go_of() {
+    let world = World::with("limits: {serviceIdle: 1s}\n").await;
+    bounded(world.get("/")).await;
+    assert_eq!(world.outbound.services.routes().len(), 1);
+    eventually("the service is let go of", || world.outbound.services.routes().is_empty()).await;
+    assert!(bounded(world.get("/")).await.starts_with("HTTP/1.1 200"), "it is asked for again");
 }

@@ -71,7 +71,12 @@ async fn serve(outbound: &Arc<Outbound>, connection: TcpStream, caller: Caller) 
             Err(refused) => return tunnel::refuse(outbound, connection, &caller, &refused),
         }
     }
-    let result = match speaks_http2(&connection).await {
+    let spoken = tokio::select! {
+        spoken = speaks_http2(&connection) => spoken,
+        // A connection that has said nothing yet is no work to wait for.
+        () = outbound.drain.draining() => return,
+    };
+    let result = match spoken {
         Ok(true) => http2(outbound, connection, caller).await,
         Ok(false) => http1(outbound, connection, caller).await,
         Err(_) => return,

@@ -84,7 +84,12 @@ impl Pool {
     pub fn acquire(&self, stamp: Stamp) -> Acquire {
         let mut state = self.lock();
         state.drop_unfit(stamp);
-        let least = state.legs.iter().filter(|dialled| dialled.leg.is_usable()).min_by_key(|d| d.leg.in_flight());
+        // Asking a leg whether it is usable takes its locks: mostly the least busy one is, and one answer is enough.
+        let least = state.legs.iter().min_by_key(|dialled| dialled.leg.in_flight());
+        let least = match least.filter(|dialled| dialled.leg.is_usable()) {
+            Some(least) => Some(least),
+            None => state.legs.iter().filter(|d| d.leg.is_usable()).min_by_key(|d| d.leg.in_flight()),
+        };
         if let Some(least) = least.filter(|dialled| dialled.leg.in_flight() < self.limits.requests_per_leg) {
             return Acquire::Leg(least.leg.clone());
         }

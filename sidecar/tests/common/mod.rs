@@ -385,6 +385,10 @@ impl World {
 
     /// `more` is YAML for the sidecar's configuration.
     pub async fn with(more: &str) -> Self {
+        Self::of(more, &Process::bare("sidecar")).await
+    }
+
+    pub async fn of(more: &str, process: &Process) -> Self {
         let (east, west) = (Cluster::new("east"), Cluster::new("west"));
         let trust = TrustStore::new();
         assert_eq!(trust.replace_all(vec![east.bundle(), west.bundle()]), []);
@@ -396,7 +400,7 @@ impl World {
         let text =
             format!("instance: shopper-1\nfederation: {{address: 'localhost:1', ca: ca.pem}}\nstate: state\n{more}");
         let config: Config = tombolo_runtime::config::parse(&text, std::path::Path::new("test.yaml")).unwrap();
-        let outbound = Outbound::new(&config, &Process::bare("sidecar"), &svid, &trust, Box::new(told.clone()));
+        let outbound = Outbound::new(&config, process, &svid, &trust, Box::new(told.clone()));
         outbound.gateways.replace(&[gate.as_local("gw-east")]);
         tokio::spawn(upkeep::run(outbound.clone()));
         let proxy = listen(&outbound, None).await;
