@@ -32,12 +32,11 @@ async fn a_request_crosses_and_both_ends_know_who_the_other_is() {
     let world = World::new().await;
     let (mut east, mut west, proxy, _web) = crossing(&world).await;
     let answer = curl_until(proxy, WEB, "web-in-west").await;
-    assert!(answer.body.contains("caller=URI=spiffe://east.tombolo/ns/shop/sa/frontend"), "{answer:?}");
+    assert!(answer.body.contains(";URI=spiffe://east.tombolo/ns/shop/sa/frontend "), "{answer:?}");
     assert!(answer.body.contains("host=web.shop.svc.clusterset.local"), "{answer:?}");
     assert_eq!(answer.header("tombolo-server-id"), Some("spiffe://west.tombolo/ns/shop/sa/web"));
     assert_eq!(answer.header("tombolo-cluster"), Some("west"));
-    let path = answer.header("tombolo-path").unwrap();
-    assert!(path.contains("east/gw") && path.contains("west/gw"), "{path}");
+    assert_eq!(answer.header("tombolo-path"), Some("east/gw > west/gw"));
 
     // A body of several windows, both ways.
     let big = "x".repeat(3_000_000);
@@ -205,7 +204,8 @@ async fn a_stream_and_a_websocket_live_through_three_renewals() {
     // Half-life is 5 s: 18 s see three renewals of every certificate on the way.
     let chat = Command::new(&python).args([script, "chat", &listener.to_string(), "18"]).kill_on_drop(true).output();
     let url = format!("{WEB}drip?18");
-    let drip = curl(proxy, &["-m", "40", &url]);
+    let arguments = ["-m", "40", &url];
+    let drip = curl(proxy, &arguments);
     let (chat, drip) = tokio::join!(chat, drip);
     let chat = chat.unwrap();
     assert!(chat.status.success(), "{}", String::from_utf8_lossy(&chat.stderr));
@@ -221,7 +221,8 @@ async fn a_new_root_reaches_the_peer_without_a_dropped_connection() {
     let (mut east, mut west, proxy, _web) = crossing(&world).await;
     curl_until(proxy, WEB, "web-in-west").await;
     let url = format!("{WEB}drip?4");
-    let stream = curl(proxy, &[&url]);
+    let arguments = [url.as_str()];
+    let stream = curl(proxy, &arguments);
     let rotate = async {
         let said = west.operator(&["trust", "add-root"]).await.unwrap();
         assert!(said.contains("bundle sequence 2"), "{said}");

@@ -36,12 +36,13 @@ pub fn explain(headers: &mut HeaderMap, target: &Target, leg: &HttpLeg, pick: Pi
 
 /// The same in a span, with links to the spans of the gateways' legs.
 pub fn describe(span: &mut Span, target: &Target, crossing: &Crossing, server_id: &SpiffeId) {
+    if !span.is_recording() {
+        return;
+    }
     span.attr("tombolo.cluster", &target.key.cluster);
     span.attr("tombolo.endpoint", &target.key.endpoint);
     span.attr("tombolo.server_id", server_id);
     span.attr("tombolo.path", path(target, crossing));
-    let gateways: Vec<_> = crossing.hops.iter().map(|hop| hop.gateway_id.as_str()).collect();
-    span.attr("tombolo.gateways", gateways.join(","));
     for hop in &crossing.hops {
         if let Some(link) = hop.span {
             span.link(link);
