@@ -27,6 +27,8 @@ pub const LIFE_DEFAULT: Duration = Duration::from_secs(60 * 60);
 pub const LIFE_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Gateway addresses in one token or offer.
 pub const ADDRESSES_MAX: usize = 8;
+/// Peers that one cluster may have.
+pub const PEERS_MAX: usize = 500;
 /// How long a closed invitation is remembered, so that a late comer hears why it is refused.
 const REMEMBERED: Duration = Duration::from_secs(24 * 60 * 60);
 /// Characters of a token that are looked at; a token is about 300.
@@ -334,7 +336,10 @@ impl Bindings<'_> {
             return Err(Refused::OwnName);
         }
         let bound = self.peers.contains_key(cluster) || self.peers.values().any(|domain| domain == trust_domain);
-        if bound { Err(Refused::AlreadyBound) } else { Ok(()) }
+        if bound {
+            return Err(Refused::AlreadyBound);
+        }
+        if self.peers.len() >= PEERS_MAX { Err(Refused::TooManyPeers) } else { Ok(()) }
     }
 }
 
@@ -361,10 +366,12 @@ pub enum Refused {
         "the cluster id or the trust domain is bound to a peer already; remove that peer with `tombolo peer remove` first"
     )]
     AlreadyBound,
+    #[error("the cluster has {PEERS_MAX} peers already; remove one with `tombolo peer remove` first")]
+    TooManyPeers,
 }
 
 impl Refused {
-    pub const ALL: [Refused; 7] = [
+    pub const ALL: [Refused; 8] = [
         Refused::Unknown,
         Refused::Expired,
         Refused::Used,
@@ -372,6 +379,7 @@ impl Refused {
         Refused::BadProof,
         Refused::OwnName,
         Refused::AlreadyBound,
+        Refused::TooManyPeers,
     ];
 
     /// The stable name on the wire and in metrics.
@@ -384,6 +392,7 @@ impl Refused {
             Refused::BadProof => "bad-proof",
             Refused::OwnName => "own-name",
             Refused::AlreadyBound => "already-bound",
+            Refused::TooManyPeers => "too-many-peers",
         }
     }
 }

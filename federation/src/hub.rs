@@ -4,6 +4,7 @@
 //! the next generation. Whoever must keep something durable does so before it tells the hub.
 
 mod peers;
+pub mod remembered;
 mod state;
 mod view;
 
@@ -24,9 +25,10 @@ use tombolo_runtime::metrics::Metrics;
 use tombolo_trust::bundle::Bundle;
 use tombolo_trust::store::TrustStore;
 
-use crate::registry::{Claim, SessionId};
+use crate::registry::{Claim, SESSIONS_MAX, SessionId};
 use crate::store::{Store, StoreError};
 use crate::sync::durable;
+use remembered::Remembered;
 use state::State;
 pub use view::{GatewayView, PeerView, Reach, SidecarView, TunnelView, View};
 
@@ -344,6 +346,8 @@ pub struct HubStart {
     /// Keeps what is held of each peer.
     pub store: Store,
     pub metrics: Metrics,
+    /// What was connected when the last federation with this state ended.
+    pub remembered: Remembered,
 }
 
 /// Starts the hub's task; it ends when every handle is gone. The receiver is for the peering task.
@@ -355,7 +359,8 @@ pub fn start(start: HubStart) -> (HubHandle, mpsc::Receiver<PeeringEvent>) {
     let state = State::new(start, LOG_COST_MAX, Instant::now().into_std());
     let view = Arc::new(ArcSwap::new(state.view()));
     tokio::spawn(run(state, received, view.clone(), changed));
-    let sessions = Arc::new(AtomicU64::new(1));
+    // Below are the sessions that are restored.
+    let sessions = Arc::new(AtomicU64::new(SESSIONS_MAX as u64 + 1));
     (HubHandle { inputs, events, view, changes, store, sessions }, peering)
 }
 

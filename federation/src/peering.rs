@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tombolo_api::proto::catalog;
 use tombolo_core::id::{ClusterId, GatewayId, TrustDomain};
 use tombolo_core::invitation::{
-    ADDRESSES_MAX, CreateError, InvitationId, Refused, Seed, Token, TokenError, is_address,
+    ADDRESSES_MAX, Bindings, CreateError, InvitationId, Refused, Seed, Token, TokenError, is_address,
 };
 use tombolo_core::model::{Authority, GatewayAddress};
 use tombolo_trust::ca::CertificateAuthority;
@@ -284,6 +284,18 @@ impl Shared {
         let declared = self.declared();
         let declared = declared.values().map(|record| (record.cluster.clone(), record.trust_domain.clone()));
         declared.chain(stored).collect()
+    }
+
+    /// Whether the two may be bound to each other here, beside what is stored and declared.
+    fn check_binding(
+        &self,
+        stored: BTreeMap<ClusterId, TrustDomain>,
+        cluster: &ClusterId,
+        trust_domain: &TrustDomain,
+    ) -> Result<(), Refused> {
+        let peers = self.bindings(stored);
+        let bindings = Bindings { own_cluster: &self.cluster, own_trust_domain: &self.trust_domain, peers: &peers };
+        bindings.check(cluster, trust_domain)
     }
 
     /// Where our gateways can be dialled.

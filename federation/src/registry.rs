@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tombolo_core::catalog::Delivery;
 use tombolo_core::id::{ClusterId, EndpointId, InstanceName, ServiceName, SpiffeId};
 use tombolo_core::registration::{self, Registered, Registrations};
@@ -26,13 +27,24 @@ pub const SESSIONS_MAX: usize = 10_000;
 pub struct SessionId(pub u64);
 
 /// What a sidecar asks for: it delivers this port of this service.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Claim {
     pub service: ServiceName,
     pub port: u16,
     /// `host:port` where it accepts inner legs.
     pub inbound_address: String,
     pub ready: bool,
+}
+
+/// A sidecar and what it had registered, as it is kept over a restart of the federation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RememberedSidecar {
+    pub instance: InstanceName,
+    pub spiffe_id: SpiffeId,
+    pub zone: Option<String>,
+    pub claims: Vec<Claim>,
 }
 
 /// What was decided about a claim.
@@ -52,8 +64,8 @@ struct Session {
     spiffe_id: SpiffeId,
     zone: Option<String>,
     claims: BTreeMap<(ServiceName, u16), Delivery>,
-    /// When its stream ended.
-    left: Option<Instant>,
+    /// When it is dropped; `None` while its stream stands.
+    ends: Option<Instant>,
 }
 
 /// All sidecars that are connected, or were a moment ago.
@@ -68,6 +80,34 @@ impl Registry {
         Self { cluster, sessions: BTreeMap::new() }
     }
 
+    /// Takes what sidecars had registered before this process started: in force until they come back, and
+    /// dropped at `ends` if they don't. The sessions have the ids from 1 on.
+    pub fn restore(&mut self, sidecars: Vec<RememberedSidecar>, ends: Instant) {
+        for (n, sidecar) in (1..).zip(sidecars.into_iter().take(SESSIONS_MAX)) {
+            let RememberedSidecar { instance, spiffe_id, zone, claims } = sidecar;
+            let claims = deliveries(claims);
+            self.sessions.insert(SessionId(n), Session { instance, spiffe_id, zone, claims, ends: Some(ends) });
+        }
+    }
+
+    /// What [`Registry::restore`] takes. Sidecars that have registered nothing are left out.
+    pub fn remembered(&self) -> Vec<RememberedSidecar> {
+        let registered = self.sessions.values().filter(|session| !session.claims.is_empty());
+        let claim = |((service, port), delivery): (&(ServiceName, u16), &Delivery)| Claim {
+            service: service.clone(),
+            port: *port,
+            inbound_address: delivery.address.clone(),
+            ready: delivery.ready,
+        };
+        let remembered = registered.map(|session| RememberedSidecar {
+            instance: session.instance.clone(),
+            spiffe_id: session.spiffe_id.clone(),
+            zone: session.zone.clone(),
+            claims: session.claims.iter().map(claim).collect(),
+        });
+        remembered.collect()
+    }
+
     /// A sidecar has connected. What the same instance and identity had registered before stays in force
     /// until it registers again or the grace ends. `false` when there are too many.
     pub fn handle_joined(
@@ -80,8 +120,8 @@ impl Registry {
         if self.sessions.len() >= SESSIONS_MAX {
             return false;
         }
-        let (claims, left) = (BTreeMap::new(), None);
-        self.sessions.insert(session, Session { instance, spiffe_id, zone, claims, left });
+        let (claims, ends) = (BTreeMap::new(), None);
+        self.sessions.insert(session, Session { instance, spiffe_id, zone, claims, ends });
         true
     }
 
@@ -92,10 +132,7 @@ impl Registry {
         let mut changed = !predecessors.is_empty();
         predecessors.iter().for_each(|id| drop(self.sessions.remove(id)));
         let Some(held) = self.sessions.get_mut(&session) else { return changed };
-        let delivery = |claim: Claim| {
-            ((claim.service, claim.port), Delivery { address: claim.inbound_address, ready: claim.ready })
-        };
-        let claims = claims.into_iter().take(CLAIMS_MAX).map(delivery).collect();
+        let claims = deliveries(claims);
         changed |= held.claims != claims;
         held.claims = claims;
         changed
@@ -110,7 +147,7 @@ impl Registry {
     /// The stream has ended; the grace begins. One that had registered nothing goes at once.
     pub fn handle_left(&mut self, session: SessionId, now: Instant) {
         if let Some(held) = self.sessions.get_mut(&session) {
-            held.left = Some(now);
+            held.ends = Some(now + GRACE);
             if held.claims.is_empty() {
                 self.sessions.remove(&session);
             }
@@ -120,13 +157,13 @@ impl Registry {
     /// Drops what has outlived its grace. Returns whether anything changed.
     pub fn handle_timeout(&mut self, now: Instant) -> bool {
         let before = self.sessions.len();
-        self.sessions.retain(|_, session| session.left.is_none_or(|left| now < left + GRACE));
+        self.sessions.retain(|_, session| session.ends.is_none_or(|ends| now < ends));
         self.sessions.len() != before
     }
 
     /// When [`Registry::handle_timeout`] has something to do.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.sessions.values().filter_map(|session| session.left).min().map(|left| left + GRACE)
+        self.sessions.values().filter_map(|session| session.ends).min()
     }
 
     /// Sessions of the same instance and identity that `session` takes over from.
@@ -190,7 +227,7 @@ impl Registry {
 
     /// Identity, instance and whether the stream stands, of every sidecar.
     pub fn sidecars(&self) -> impl Iterator<Item = (SessionId, &SpiffeId, &InstanceName, bool)> {
-        self.sessions.iter().map(|(id, s)| (*id, &s.spiffe_id, &s.instance, s.left.is_none()))
+        self.sessions.iter().map(|(id, s)| (*id, &s.spiffe_id, &s.instance, s.ends.is_none()))
     }
 
     /// Services that a sidecar has registered.
@@ -198,6 +235,12 @@ impl Registry {
         let claims = self.sessions.get(&session).into_iter().flat_map(|session| session.claims.keys());
         claims.map(|(service, _)| service.clone()).collect()
     }
+}
+
+fn deliveries(claims: Vec<Claim>) -> BTreeMap<(ServiceName, u16), Delivery> {
+    let delivery =
+        |claim: Claim| ((claim.service, claim.port), Delivery { address: claim.inbound_address, ready: claim.ready });
+    claims.into_iter().take(CLAIMS_MAX).map(delivery).collect()
 }
 
 /// A slice that names the instance gives the endpoint its id.
@@ -258,6 +301,21 @@ mod tests {
         assert!(registry.handle_register(second, claim(false)));
         assert_eq!(ready(&registry), [false]);
         assert!(!registry.handle_timeout(now + GRACE), "the old session ended when the new one took over");
+    }
+
+    #[test]
+    fn what_was_registered_outlives_a_restart_until_the_sidecar_is_back() {
+        let (now, mut before) = (Instant::now(), Registry::new("east".parse().unwrap()));
+        let session = joined(&mut before, 7, WEB);
+        before.handle_register(session, claim(true));
+        let mut after = Registry::new("east".parse().unwrap());
+        after.restore(before.remembered(), now + Duration::from_secs(15));
+        assert_eq!(after.registrations(), before.registrations());
+        let back = joined(&mut after, 20_000, WEB);
+        assert!(after.handle_register(back, claim(false)));
+        assert_eq!(ready(&after), [false]);
+        assert!(!after.handle_timeout(now + Duration::from_secs(15)));
+        assert_eq!(after.remembered().len(), 1);
     }
 
     #[test]

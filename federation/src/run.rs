@@ -24,7 +24,7 @@ use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
 use crate::config::Config;
 use crate::discovery::DiscoveryService;
-use crate::hub::{self, HubHandle, HubStart};
+use crate::hub::{self, HubHandle, HubStart, remembered};
 use crate::identity::IdentityService;
 use crate::operator::{OperatorService, OperatorSocket};
 use crate::peering::{self, Peering};
@@ -64,6 +64,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
         trust: base.trust.clone(),
         store: base.store.clone(),
         metrics: process.metrics.clone(),
+        remembered: remembered::load(&config.state),
     };
     let (hub, events) = hub::start(start);
     let revoked = base.store.revoked();
@@ -86,6 +87,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     )
     .await?;
     tasks.spawn(peering::follow_declared(peering.clone(), source.clone()));
+    tasks.spawn(remembered::follow(hub.clone(), config.state.clone()));
     tasks.spawn(report::follow(hub.clone(), process.metrics.clone()));
 
     let mut servers = JoinSet::new();

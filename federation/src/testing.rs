@@ -26,7 +26,7 @@ use tombolo_trust::svid::SvidSource;
 use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
 use crate::discovery::DiscoveryService;
-use crate::hub::{self, HubHandle, HubStart, PeerRecord, PeeringEvent, SidecarJoin, View};
+use crate::hub::{self, HubHandle, HubStart, PeerRecord, PeeringEvent, SidecarJoin, View, remembered};
 use crate::registry::{Claim, SessionId};
 use crate::store::Store;
 use crate::sync::publisher::Publisher;
@@ -48,7 +48,7 @@ pub struct Federation {
     pub metrics: Metrics,
     pub addresses: Addresses,
     publisher: Option<(DrainTrigger, JoinHandle<()>)>,
-    subscriber: JoinHandle<()>,
+    tasks: [JoinHandle<()>; 2],
     pub peering: mpsc::Receiver<PeeringEvent>,
     pub folder: TempDir,
 }
@@ -66,7 +66,10 @@ impl Federation {
         let cluster: ClusterId = cluster.parse().unwrap();
         let trust_domain: TrustDomain = format!("{cluster}.tombolo").parse().unwrap();
         let ca = CertificateAuthority::create_or_load(folder.path(), &trust_domain).unwrap();
-        let store = Store::open(folder.path(), &cluster, &trust_domain, Timestamp::now()).unwrap();
+        let open = || Store::open(folder.path(), &cluster, &trust_domain, Timestamp::now());
+        // The tasks of a federation that was stopped let go of its store one after the other.
+        until("the state directory is free", || open().is_ok()).await;
+        let store = open().unwrap();
         let (trust, svid, metrics) = (TrustStore::new(), SvidSource::new(), Metrics::new("federation"));
         let id = SpiffeId::role(&trust_domain, Role::Federation, &"federation".parse().unwrap());
         svid.set(issue(&ca, &id));
@@ -77,6 +80,7 @@ impl Federation {
             trust: trust.clone(),
             store: store.clone(),
             metrics: metrics.clone(),
+            remembered: remembered::load(folder.path()),
         };
         let (hub, peering) = hub::start(start);
         let known = addresses.clone();
@@ -88,6 +92,7 @@ impl Federation {
         let dialer = Dialer::new(svid.clone(), trust.clone());
         let subscriber = Subscriber::new(hub.clone(), dialer, trust.clone(), Arc::new(route));
         let subscriber = tokio::spawn(subscriber.run());
+        let remembering = tokio::spawn(remembered::follow(hub.clone(), folder.path().into()));
         let addresses = addresses.clone();
         let publisher = None;
         let mut federation = Self {
@@ -101,7 +106,7 @@ impl Federation {
             metrics,
             addresses,
             publisher,
-            subscriber,
+            tasks: [subscriber, remembering],
             peering,
             folder,
         };
@@ -136,10 +141,12 @@ impl Federation {
 
     /// Ends this federation; its state stays in the folder.
     pub async fn stop(mut self) -> TempDir {
-        self.subscriber.abort();
         self.stop_publishing().await;
-        let Self { folder, hub, store, subscriber, .. } = self;
-        let _ = subscriber.await;
+        let Self { folder, hub, store, tasks, .. } = self;
+        for task in tasks {
+            task.abort();
+            let _ = task.await;
+        }
         drop((hub, store));
         folder
     }

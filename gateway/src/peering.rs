@@ -24,6 +24,8 @@ const EXPORTER_LABEL: &[u8] = b"EXPORTER-tombolo-peering";
 const MESSAGE_MAX: usize = 64 * 1024;
 /// How long a caller has, from its handshake to the answer.
 const KNOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a caller has to read the answer.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long each step of a dial may take.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Reports that wait for the stream to the federation.
@@ -113,7 +115,11 @@ pub async fn accept(
     chain: Vec<CertificateDer<'static>>,
 ) -> Result<(), Refusal> {
     let _room = gateway.peering.enter()?;
-    timeout(KNOCK_TIMEOUT, relay_knock(gateway, connection, chain)).await.map_err(|_| Refusal::Timeout)?
+    timeout(KNOCK_TIMEOUT, relay_knock(gateway, connection, chain)).await.map_err(|_| Refusal::Timeout)??;
+    // The caller closes when it has read the answer; a close from here could overtake it.
+    let _ = timeout(GOODBYE_TIMEOUT, connection.closed()).await;
+    connection.close(CLOSE_DONE, b"done");
+    Ok(())
 }
 
 async fn relay_knock(
@@ -133,10 +139,7 @@ async fn relay_knock(
     })?;
     let answer = (&mut awaited.message).await.map_err(|_| Refusal::ConnectionLost)?;
     send.write_all(&answer).await.map_err(|_| Refusal::ConnectionLost)?;
-    let _ = send.finish();
-    // The caller closes when it has read the answer; a close from here could overtake it.
-    connection.closed().await;
-    Ok(())
+    send.finish().map_err(|_| Refusal::ConnectionLost)
 }
 
 async fn dial(gateway: Arc<Gateway>, attempt: String, addresses: Vec<String>, root_sha256: [u8; 32]) {

@@ -233,6 +233,16 @@ fn states_are_shown_in_words() {
 }
 
 #[test]
+fn the_number_of_peers_is_bounded() {
+    let peers = (0..PEERS_MAX).map(|n| (format!("c{n}").parse().unwrap(), format!("d{n}").parse().unwrap())).collect();
+    let (east, domain) = ("east".parse().unwrap(), "east.tombolo".parse().unwrap());
+    let bindings = Bindings { own_cluster: &east, own_trust_domain: &domain, peers: &peers };
+    let check = |cluster: &str, domain: &str| bindings.check(&cluster.parse().unwrap(), &domain.parse().unwrap());
+    assert_eq!(check("west", "west.tombolo"), Err(Refused::TooManyPeers));
+    assert_eq!(check("c1", "west.tombolo"), Err(Refused::AlreadyBound));
+}
+
+#[test]
 fn refusal_codes_are_distinct() {
     let codes: std::collections::BTreeSet<_> = Refused::ALL.iter().map(|refused| refused.code()).collect();
     assert_eq!(codes.len(), Refused::ALL.len());

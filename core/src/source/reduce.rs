@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use super::declared::{Declared, DeclaredPeer, DeclaredService, DeclaredSlice, Object, Place, ServiceType};
 use super::{LocalEndpoint, LocalService, LocalState, SourceProblem};
 use crate::id::{ClusterId, EndpointId, ServiceName, SpiffeId, TrustDomain};
+use crate::invitation::PEERS_MAX;
 use crate::model::{ServiceKind, ServicePort};
 use crate::sni::SYSTEM_NAMESPACE;
 
@@ -244,6 +245,10 @@ impl Reduction<'_> {
         let mut domains: BTreeMap<&TrustDomain, &ClusterId> = BTreeMap::new();
         let mut peers = Vec::new();
         for (cluster, (place, peer)) in &sorted.peers {
+            if peers.len() == PEERS_MAX {
+                self.report(place, format!("more than {PEERS_MAX} peers; this one and later ones are left out"));
+                break;
+            }
             let own = *cluster == self.around.cluster || peer.trust_domain.as_ref() == Some(self.around.trust_domain);
             if own {
                 let reason = format!("ClusterPeer {cluster} names this cluster itself, or its trust domain");

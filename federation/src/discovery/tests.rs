@@ -312,3 +312,27 @@ async fn peering_messages_are_relayed_both_ways() {
         east.hub.command("other".parse().unwrap(), PeeringCommand::Offer { attempt: "2".into(), offer: vec![] });
     assert!(nobody.await.is_err());
 }
+
+#[tokio::test]
+async fn a_restart_of_the_federation_takes_nothing_away() {
+    let (east, address) = east().await;
+    east.declare(&["shop/web"]).await;
+    let web = east.web(&service("shop/web"));
+    let id: SpiffeId = "spiffe://east.tombolo/tombolo/gateway/gw".parse().unwrap();
+    let _gateway = Gateway::connect(channel(&east, address, &id), "gw").await.unwrap();
+    let server = Sidecar::connect(channel(&east, address, &web), "web-1").await.unwrap();
+    server.register("shop/web", true).await;
+    let folder = east.folder.path().to_owned();
+    until("it is remembered", || {
+        let remembered = crate::hub::remembered::load(&folder);
+        (remembered.sidecars.len(), remembered.gateways.len()) == (1, 1)
+    })
+    .await;
+    let again = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.join("connected.json"), again.path().join("connected.json")).unwrap();
+    let east = Federation::start_in(again, "east", &Addresses::default()).await;
+    east.declare(&["shop/web"]).await;
+    until("the source is read", || !east.shares("shop/web").is_empty()).await;
+    assert_eq!(east.shares("shop/web")["east"], 1, "ready before its sidecar is back");
+    assert!(east.hub.view().gateways.values().all(|gateway| gateway.connected));
+}

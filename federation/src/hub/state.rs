@@ -16,6 +16,7 @@ use tombolo_trust::bundle::Bundle;
 use tombolo_trust::store::{ClusterBundle, TrustStore};
 
 use super::peers::Peer;
+use super::remembered::{Remembered, RememberedGateway};
 use super::view::{GatewayView, Reach, SidecarView, TunnelView, View};
 use super::{CommandRefused, GatewayJoin, HubStart, Input, PeeringCommand};
 use crate::registry::{GRACE, Registry, SessionId};
@@ -23,6 +24,8 @@ use crate::sync::wire::roots_of;
 
 /// How long the tunnel addresses of a gateway that has gone are still published.
 const GATEWAY_MEMORY: Duration = Duration::from_secs(600);
+/// How long what was connected before a restart of the federation counts as connected.
+const RESTART_GRACE: Duration = Duration::from_secs(15);
 /// Gateways that may be known at once.
 const GATEWAYS_MAX: usize = 64;
 
@@ -52,12 +55,17 @@ struct Gateway {
     watch_address: String,
     commands: mpsc::Sender<PeeringCommand>,
     tunnels: Vec<TunnelView>,
-    left: Option<Instant>,
+    /// Until when it still counts as connected; `None` while its stream stands.
+    ends: Option<Instant>,
 }
 
 impl Gateway {
     fn is_connected(&self, now: Instant) -> bool {
-        self.left.is_none_or(|left| now < left + GRACE)
+        self.ends.is_none_or(|ends| now < ends)
+    }
+
+    fn is_remembered(&self, now: Instant) -> bool {
+        self.ends.is_none_or(|ends| now < ends + GATEWAY_MEMORY)
     }
 }
 
@@ -85,7 +93,7 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn new(start: HubStart, log_cost_max: usize, now: Instant) -> Self {
-        let HubStart { cluster, trust_domain, bundle, trust, store, metrics } = start;
+        let HubStart { cluster, trust_domain, bundle, trust, store, metrics, remembered } = start;
         let epoch = store.epoch();
         let view = View {
             generation: 0,
@@ -99,6 +107,7 @@ impl State {
             bundles: Arc::default(),
             revoked: Arc::default(),
             problems: Arc::default(),
+            remembered: Arc::default(),
         };
         let mut state = Self {
             catalog: Catalog::new(cluster.clone()),
@@ -120,8 +129,37 @@ impl State {
             bundles_in_force: BTreeMap::new(),
             view: Arc::new(view),
         };
+        state.restore(remembered, now + RESTART_GRACE);
         state.commit(now);
         state
+    }
+
+    /// What was connected before this process started counts until it is back, or the grace has passed:
+    /// a restart of the federation must not take away what works.
+    fn restore(&mut self, remembered: Remembered, ends: Instant) {
+        self.registry.restore(remembered.sidecars, ends);
+        for gateway in remembered.gateways.into_iter().take(GATEWAYS_MAX) {
+            let RememberedGateway { gateway, spiffe_id, advertise, ingress_address, watch_address } = gateway;
+            // Nobody takes commands until the gateway is back.
+            let (commands, _) = mpsc::channel(1);
+            let (session, tunnels, ends) = (SessionId(0), Vec::new(), Some(ends));
+            let held =
+                Gateway { session, spiffe_id, advertise, ingress_address, watch_address, commands, tunnels, ends };
+            self.gateways.insert(gateway, held);
+        }
+        self.dirty.local = true;
+    }
+
+    /// What [`State::restore`] takes after the next start.
+    fn remembered(&self) -> Remembered {
+        let gateway = |(id, gateway): (&GatewayId, &Gateway)| RememberedGateway {
+            gateway: id.clone(),
+            spiffe_id: gateway.spiffe_id.clone(),
+            advertise: gateway.advertise.clone(),
+            ingress_address: gateway.ingress_address.clone(),
+            watch_address: gateway.watch_address.clone(),
+        };
+        Remembered { sidecars: self.registry.remembered(), gateways: self.gateways.iter().map(gateway).collect() }
     }
 
     pub(super) fn view(&self) -> Arc<View> {
@@ -177,7 +215,7 @@ impl State {
         let known = self.view.as_ref();
         let gateway = |(id, gateway): (&GatewayId, &Gateway)| {
             let listed = known.gateways.get(id).is_some_and(|known| known.connected);
-            gateway.left.map(|left| left + if listed { GRACE } else { GATEWAY_MEMORY })
+            gateway.ends.map(|ends| if listed { ends } else { ends + GATEWAY_MEMORY })
         };
         let gateways = self.gateways.iter().filter_map(gateway);
         let peers = self.peers.values().filter_map(Peer::poll_timeout);
@@ -220,7 +258,7 @@ impl State {
     fn handle_timeout(&mut self, now: Instant) {
         self.dirty.local |= self.registry.handle_timeout(now);
         let before = self.gateways.len();
-        self.gateways.retain(|_, gateway| gateway.left.is_none_or(|left| now < left + GATEWAY_MEMORY));
+        self.gateways.retain(|_, gateway| gateway.is_remembered(now));
         self.dirty.publish |= self.gateways.len() != before;
         let known = &self.view.gateways;
         let unlisted = |(id, gateway): (&GatewayId, &Gateway)| {
@@ -266,8 +304,8 @@ impl State {
             tracing::warn!(%gateway, "more than {GATEWAYS_MAX} gateways; this one is not listed");
             return;
         }
-        let (tunnels, left) = (Vec::new(), None);
-        let held = Gateway { session, spiffe_id, advertise, ingress_address, watch_address, commands, tunnels, left };
+        let (tunnels, ends) = (Vec::new(), None);
+        let held = Gateway { session, spiffe_id, advertise, ingress_address, watch_address, commands, tunnels, ends };
         self.gateways.insert(gateway, held);
         (self.dirty.publish, self.dirty.view) = (true, true);
     }
@@ -292,7 +330,7 @@ impl State {
     fn handle_gateway_left(&mut self, session: SessionId, now: Instant) {
         self.bundles_in_force.remove(&session);
         if let Some(gateway) = self.gateway_of(session) {
-            gateway.left = Some(now);
+            gateway.ends = Some(now + GRACE);
             gateway.tunnels.clear();
             self.dirty.quiet = true;
         }
@@ -352,7 +390,10 @@ impl State {
         } else {
             Arc::new(trust.revoked().clone())
         };
+        let remembered = self.remembered();
+        let remembered = if *before.remembered == remembered { before.remembered.clone() } else { remembered.into() };
         View {
+            remembered,
             generation: before.generation + u64::from(seen),
             peers: Arc::new(self.peers.keys().filter_map(|id| self.peer_view(id)).collect()),
             gateways: Arc::new(self.gateway_views(now)),

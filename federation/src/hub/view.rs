@@ -10,6 +10,7 @@ use tombolo_core::model::{Authority, Freshness, GatewayAddress};
 use tombolo_core::source::SourceProblem;
 use tombolo_trust::bundle::Bundle;
 
+use super::remembered::Remembered;
 use crate::registry::{SessionId, Verdict};
 
 /// How far a tunnel of one of our gateways is from answering.
@@ -118,4 +119,6 @@ pub struct View {
     pub bundles: Arc<BTreeMap<ClusterId, Bundle>>,
     pub revoked: Arc<BTreeSet<SpiffeId>>,
     pub problems: Arc<Vec<SourceProblem>>,
+    /// What the next start of this federation begins with.
+    pub remembered: Arc<Remembered>,
 }

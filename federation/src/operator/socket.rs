@@ -4,7 +4,7 @@
 use std::fs::{self, Permissions};
 use std::future::Future;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -38,6 +38,8 @@ pub enum SocketError {
 #[derive(Debug)]
 pub struct OperatorSocket {
     path: PathBuf,
+    /// Tells our file from one that another process has put in its place.
+    inode: u64,
     listener: Option<UnixListener>,
 }
 
@@ -58,8 +60,9 @@ impl OperatorSocket {
         }
         let listener = UnixListener::bind(&staged).map_err(failed)?;
         fs::set_permissions(&staged, Permissions::from_mode(0o600)).map_err(failed)?;
+        let inode = fs::symlink_metadata(&staged).map_err(failed)?.ino();
         fs::rename(&staged, &path).map_err(failed)?;
-        Ok(Self { path, listener: Some(listener) })
+        Ok(Self { path, inode, listener: Some(listener) })
     }
 
     pub fn path(&self) -> &Path {
@@ -80,7 +83,9 @@ impl OperatorSocket {
 
 impl Drop for OperatorSocket {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        if fs::symlink_metadata(&self.path).is_ok_and(|metadata| metadata.ino() == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 

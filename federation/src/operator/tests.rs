@@ -48,6 +48,7 @@ impl Running {
             trust: TrustStore::new(),
             store: store.clone(),
             metrics: Metrics::new("federation"),
+            remembered: Default::default(),
         };
         let (hub, events) = hub::start(start);
         let settings = SourceSettings {

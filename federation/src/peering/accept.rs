@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use tombolo_api::proto::peering::answer::Kind;
 use tombolo_api::proto::peering::{Accepted as WireAccepted, Answer, Offer, OfferBody};
 use tombolo_core::id::{ClusterId, GatewayId, TrustDomain};
-use tombolo_core::invitation::{Bindings, Token};
+use tombolo_core::invitation::{Refused, Token};
 use tombolo_core::model::Authority;
 use tombolo_trust::bundle::{Bundle, root_sha256};
 use tombolo_trust::peering as proof;
@@ -52,24 +52,25 @@ impl Peering {
         if token.addresses.is_empty() {
             return Err(PeeringError::NoAddressInToken);
         }
-        self.check_binding(token)?;
+        let bound = self.shared.store.peering().bindings();
+        self.shared.check_binding(bound, &token.cluster, &token.trust_domain)?;
         let answer = self.ask_gateways(token).await?;
         let (record, root_sha256) = self.read_answer(token, authority, answer)?;
         let accepted =
             Accepted { cluster: record.cluster.clone(), trust_domain: record.trust_domain.clone(), root_sha256 };
-        let stored = record.clone();
-        let bound = self.shared.store.off_thread(move |store| store.change_peering(|state| state.insert_peer(stored)));
-        bound.await?;
+        let (stored, shared) = (record.clone(), self.shared.clone());
+        // Checked once more: another token may have been accepted meanwhile.
+        let bound = self.shared.store.off_thread(move |store| {
+            store.change_peering(|state| {
+                shared.check_binding(state.bindings(), &stored.cluster, &stored.trust_domain)?;
+                state.insert_peer(stored);
+                Ok::<_, Refused>(())
+            })
+        });
+        bound.await??;
         tracing::info!(cluster = %accepted.cluster, trust_domain = %accepted.trust_domain, "accepted an invitation");
         self.shared.relay.peer_added(record).await?;
         Ok(accepted)
-    }
-
-    fn check_binding(&self, token: &Token) -> Result<(), PeeringError> {
-        let peers = self.shared.bindings(self.shared.store.peering().bindings());
-        let bindings =
-            Bindings { own_cluster: &self.shared.cluster, own_trust_domain: &self.shared.trust_domain, peers: &peers };
-        Ok(bindings.check(&token.cluster, &token.trust_domain)?)
     }
 
     /// Tries our gateways in turn until one has carried the offer there.

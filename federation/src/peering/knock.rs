@@ -10,7 +10,7 @@ use tombolo_core::invitation::{self, Bindings, InvitationId, Redemption, Refused
 use tombolo_core::model::GatewayAddress;
 use tombolo_trust::bundle::{Bundle, root_sha256};
 use tombolo_trust::peering as proof;
-use tombolo_trust::store::{ClusterBundle, TrustStore, Usage};
+use tombolo_trust::store::Usage;
 
 use super::{MESSAGE_OCTETS_MAX, Peering, Shared, addresses_from_wire};
 use crate::hub::{PeerRecord, PeeringCommand};
@@ -186,10 +186,8 @@ fn check_caller(claims: &Claims, chain: &[Vec<u8>]) -> Result<(), No> {
     if chain.len() > CHAIN_MAX {
         return Err(refused("its chain is too long"));
     }
-    let store = TrustStore::new();
-    store.replace_all(vec![ClusterBundle { cluster: claims.cluster.clone(), bundle: claims.bundle.clone() }]);
     let chain: Vec<CertificateDer<'_>> = chain.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
-    let verified = store.snapshot().verify(&chain, Usage::Client, UnixTime::now());
-    let id = verified.map_err(|refusal| refused(&refusal.to_string()))?;
+    let verified = claims.bundle.verify(&chain, Usage::Client, UnixTime::now());
+    let id = verified.map_err(|why| refused(&why.to_string()))?;
     if id.as_role() == Some(Role::Gateway) { Ok(()) } else { Err(refused("it is not a gateway's")) }
 }

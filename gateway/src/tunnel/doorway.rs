@@ -76,7 +76,6 @@ async fn let_in(gateway: Arc<Gateway>, incoming: Incoming, permit: OwnedSemaphor
             return;
         }
     };
-    drop(permit);
     let chain = peer_chain(&connection);
     let entry = match door::decide(alpn(&connection).as_deref(), &verdict(&gateway, &chain)) {
         Entry::Tunnel(_) if gateway.drain.is_draining() => Entry::Refuse(Refusal::Draining),
@@ -86,14 +85,17 @@ async fn let_in(gateway: Arc<Gateway>, incoming: Incoming, permit: OwnedSemaphor
         entry => entry,
     };
     match entry {
-        Entry::Tunnel(cluster) => match accept_tunnel(&gateway, &connection, cluster, chain).await {
-            Ok(()) => {}
-            Err(refusal) => refuse(&gateway, &connection, refusal),
-        },
-        Entry::Peering => match peering::accept(&gateway, &connection, chain).await {
-            Ok(()) => {}
-            Err(refusal) => refuse(&gateway, &connection, refusal),
-        },
+        Entry::Tunnel(cluster) => {
+            // The handshake is over when the hellos are said.
+            let outcome = accept_tunnel(&gateway, &connection, cluster, chain).await;
+            outcome.unwrap_or_else(|refusal| refuse(&gateway, &connection, refusal));
+        }
+        Entry::Peering => {
+            // Peering has a bound of its own.
+            drop(permit);
+            let outcome = peering::accept(&gateway, &connection, chain).await;
+            outcome.unwrap_or_else(|refusal| refuse(&gateway, &connection, refusal));
+        }
         Entry::Refuse(refusal) => refuse(&gateway, &connection, refusal),
     }
 }

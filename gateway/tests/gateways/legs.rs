@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tombolo_core::refusal::Refusal;
+use tombolo_core::trace::TraceParent;
 use tombolo_gateway::config::LimitsConfig;
+use tombolo_leg::proxy_header::ProxyHeader;
+use tombolo_runtime::telemetry::{TelemetryConfig, Tracer};
 
 use crate::support::*;
 
@@ -30,6 +33,22 @@ async fn a_leg_crosses_and_names_its_way() {
     assert_eq!(read.unwrap(), long.len());
     assert!(back == long.as_bytes());
     eventually("the legs end", || pair.west_node.gateway().legs() == 0 && pair.east_node.gateway().legs() == 0).await;
+}
+
+#[tokio::test]
+async fn the_spans_of_both_gateways_are_named_and_belong_to_the_callers_trace() {
+    // Nobody collects them here: what counts is which they are.
+    let config = TelemetryConfig { otlp: Some("http://127.0.0.1:1".into()), ..Default::default() };
+    let options = |service| NodeOptions { tracer: Tracer::new(&config, service, &[]).unwrap(), ..Default::default() };
+    let served_by = Sidecar::new().await.echo();
+    let pair = Pair::linked_with(options("gw-e"), options("gw-w"), served_by).await;
+    let trace: TraceParent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().unwrap();
+    let header = ProxyHeader { status_wanted: true, trace: Some(trace), ..Default::default() };
+    let (_tcp, status) = open_with(pair.west_node.ingress, WEB, header).await;
+    let spans: Vec<_> = status.unwrap().hops.iter().map(|hop| hop.span.unwrap()).collect();
+    assert_eq!(spans.len(), 2);
+    assert!(spans.iter().all(|span| span.trace_id == trace.trace_id && span.span_id != trace.span_id));
+    assert_ne!(spans[0].span_id, spans[1].span_id);
 }
 
 #[tokio::test]

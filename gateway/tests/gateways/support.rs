@@ -115,6 +115,8 @@ pub struct NodeOptions {
     pub keys: EndpointKeys,
     pub limits: LimitsConfig,
     pub liveness: LivenessConfig,
+    pub tracer: Tracer,
+    pub congestion: Congestion,
 }
 
 impl Default for NodeOptions {
@@ -125,6 +127,8 @@ impl Default for NodeOptions {
             keys: EndpointKeys::random(),
             limits: LimitsConfig::default(),
             liveness: LivenessConfig::default(),
+            tracer: Tracer::Off,
+            congestion: Congestion::default(),
         }
     }
 }
@@ -164,7 +168,7 @@ impl Node {
             settings: Settings {
                 id: id.parse().unwrap(),
                 limits: options.limits,
-                congestion: Congestion::default(),
+                congestion: options.congestion,
                 proxy_sources: vec!["127.0.0.0/8".parse().unwrap()],
                 liveness: options.liveness,
             },
@@ -174,7 +178,7 @@ impl Node {
             endpoint,
             ingress: listener,
             peering,
-            tracer: Tracer::Off,
+            tracer: options.tracer,
             metrics: metrics.clone(),
             drain,
         })
@@ -237,8 +241,11 @@ impl Node {
 
 /// Opens a leg and returns it with the gateway's status; behind an accepted status come the leg's bytes.
 pub async fn open(ingress: SocketAddr, target: &str) -> (TcpStream, Status) {
+    open_with(ingress, target, ProxyHeader { status_wanted: true, ..Default::default() }).await
+}
+
+pub async fn open_with(ingress: SocketAddr, target: &str, header: ProxyHeader) -> (TcpStream, Status) {
     let mut tcp = TcpStream::connect(ingress).await.unwrap();
-    let header = ProxyHeader { status_wanted: true, ..Default::default() };
     tcp.write_all(&header.encode()).await.unwrap();
     tcp.write_all(&client_hello(target)).await.unwrap();
     let status = tokio::time::timeout(Duration::from_secs(20), status::read(&mut tcp)).await.unwrap().unwrap();
