@@ -221,6 +221,7 @@ fn of_peering(error: PeeringError) -> Status {
         PeeringError::RefusedThere { .. } => Code::PermissionDenied,
         PeeringError::Store(_) => Code::Internal,
         PeeringError::Expired(_)
+        | PeeringError::OwnToken
         | PeeringError::NoAddress
         | PeeringError::NoAddressInToken
         | PeeringError::Refused(_)

@@ -87,6 +87,10 @@ pub enum PeeringError {
         "the invitation expired at {0}; check this machine's clock, or ask for a new one with `tombolo peer invite`"
     )]
     Expired(Timestamp),
+    #[error(
+        "the token was made by this cluster itself, or by one of the same cluster id or trust domain; accept it in the other cluster, and give each cluster names of its own"
+    )]
+    OwnToken,
     #[error("{0:?} is not host:port of a gateway")]
     Address(String),
     #[error(

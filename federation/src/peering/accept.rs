@@ -53,7 +53,10 @@ impl Peering {
             return Err(PeeringError::NoAddressInToken);
         }
         let bound = self.shared.store.peering().bindings();
-        self.shared.check_binding(bound, &token.cluster, &token.trust_domain)?;
+        self.shared.check_binding(bound, &token.cluster, &token.trust_domain).map_err(|refused| match refused {
+            Refused::OwnName => PeeringError::OwnToken,
+            refused => PeeringError::Refused(refused),
+        })?;
         let answer = self.ask_gateways(token).await?;
         let (record, root_sha256) = self.read_answer(token, authority, answer)?;
         let accepted =
