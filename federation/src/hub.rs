@@ -6,6 +6,8 @@
 mod peers;
 pub mod remembered;
 mod state;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use anyhow::Context;
 use jiff::Timestamp;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tombolo_core::id::{Role, SpiffeId};
 use tombolo_leg::dial::Dialer;
 use tombolo_runtime::admin::Admin;
 use tombolo_runtime::drain::DrainWatch;
+use tombolo_runtime::metrics::Metrics;
 use tombolo_runtime::metrics::prometheus_client::encoding::EncodeLabelSet;
 use tombolo_runtime::process::{self, Process};
 use tombolo_runtime::readiness::Readiness;
@@ -24,7 +26,7 @@ use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
 use crate::config::Config;
 use crate::discovery::DiscoveryService;
-use crate::hub::{self, HubHandle, HubStart, remembered};
+use crate::hub::{self, HubHandle, HubStart, PeeringEvent, remembered};
 use crate::identity::IdentityService;
 use crate::operator::{OperatorService, OperatorSocket};
 use crate::peering::{self, Peering};
@@ -72,20 +74,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
 
     let mut tasks = JoinSet::new();
     let source = start_source(&config, &base, &hub, &process.readiness, &mut tasks).await?;
-    let knocks = process.metrics.counters::<KnockLabels>("tombolo_peering_refused", "Redemptions refused, by reason");
-    let on_refused = move |reason| {
-        knocks.get_or_create_owned(&KnockLabels { reason }).inc();
-    };
-    let relay = Box::new(hub.clone());
-    let peering = Peering::start(
-        base.ca.clone(),
-        config.cluster.clone(),
-        base.store.clone(),
-        relay,
-        events,
-        Box::new(on_refused),
-    )
-    .await?;
+    let peering = start_peering(&config, &base, &hub, events, &process.metrics).await?;
     tasks.spawn(peering::follow_declared(peering.clone(), source.clone()));
     tasks.spawn(remembered::follow(hub.clone(), config.state.clone()));
     tasks.spawn(report::follow(hub.clone(), process.metrics.clone()));
@@ -102,11 +91,9 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
         ca: base.ca.clone(),
         version: env!("CARGO_PKG_VERSION"),
     };
-    let drain = process.drain.clone();
-    servers.spawn(async move {
-        let stop = async move { drain.draining().await };
-        operator.serve(operator_service.server(), stop).await.context("the operator's socket")
-    });
+    let stop = process.drain.clone();
+    let serve_operator = operator.serve(operator_service.server(), async move { stop.draining().await });
+    servers.spawn(async move { serve_operator.await.context("the operator's socket") });
 
     let shown = hub.clone();
     let state = Arc::new(move || report::state(&shown.view()));
@@ -127,6 +114,22 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KnockLabels {
     reason: &'static str,
+}
+
+/// Tells the hub of every stored peer, and handles what gateways report of peerings from now on.
+async fn start_peering(
+    config: &Config,
+    base: &Base,
+    hub: &HubHandle,
+    events: mpsc::Receiver<PeeringEvent>,
+    metrics: &Metrics,
+) -> anyhow::Result<Peering> {
+    let knocks = metrics.counters::<KnockLabels>("tombolo_peering_refused", "Redemptions refused, by reason");
+    let on_refused = move |reason| {
+        knocks.get_or_create_owned(&KnockLabels { reason }).inc();
+    };
+    let (ca, store, relay) = (base.ca.clone(), base.store.clone(), Box::new(hub.clone()));
+    Ok(Peering::start(ca, config.cluster.clone(), store, relay, events, Box::new(on_refused)).await?)
 }
 
 fn open(config: &Config) -> anyhow::Result<Base> {
@@ -245,7 +248,6 @@ mod tests {
     use std::path::Path;
     use tombolo_runtime::config::parse;
     use tombolo_runtime::drain::{DrainOutcome, drain};
-    use tombolo_runtime::metrics::Metrics;
     use tombolo_runtime::telemetry::Tracer;
 
     use crate::testing::{DEADLINE, until};

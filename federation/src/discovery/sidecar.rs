@@ -1,6 +1,6 @@
 //! The stream of one sidecar.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
@@ -9,10 +9,11 @@ use tombolo_api::proto::discovery as proto;
 use tombolo_api::proto::discovery::sidecar_request::Kind as Asked;
 use tombolo_api::proto::discovery::sidecar_update::Kind;
 use tombolo_core::catalog::ServiceView;
-use tombolo_core::id::{ServiceName, SpiffeId};
+use tombolo_core::id::{ClusterId, ServiceName, SpiffeId};
 use tombolo_core::refusal::Refusal;
 use tombolo_runtime::drain::DrainWatch;
 use tombolo_runtime::metrics::Refusals;
+use tombolo_trust::bundle::Bundle;
 use tonic::{Status, Streaming};
 
 use super::{DiscoveryService, Ended, first, next_generation, wire};
@@ -37,9 +38,9 @@ pub(super) struct SidecarStream {
 /// What the sidecar has been told; `None` is nothing yet.
 #[derive(Default)]
 struct Told {
-    bundles: Option<proto::Bundles>,
+    bundles: Option<Arc<BTreeMap<ClusterId, Bundle>>>,
     gateways: Option<proto::LocalGateways>,
-    revoked: Option<proto::Revoked>,
+    revoked: Option<Arc<BTreeSet<SpiffeId>>>,
     grants: Option<proto::InboundGrants>,
     registrations: BTreeMap<(String, u32), proto::RegistrationResult>,
     /// Every subscription: the view that was sent, or that it is unknown.
@@ -184,14 +185,14 @@ impl SidecarStream {
     /// Sends what differs from what was sent.
     async fn tell(&mut self) -> Result<(), Ended> {
         let view = self.hub.view();
-        let bundles = wire::bundles(&view);
-        if self.told.bundles.as_ref() != Some(&bundles) {
-            self.told.bundles = Some(bundles.clone());
-            self.send(Kind::Bundles(bundles)).await?;
+        // The view keeps the allocation of what has not changed.
+        if !self.told.bundles.as_ref().is_some_and(|told| Arc::ptr_eq(told, &view.bundles)) {
+            self.told.bundles = Some(view.bundles.clone());
+            self.send(Kind::Bundles(wire::bundles(&view))).await?;
         }
-        let revoked = proto::Revoked { spiffe_ids: view.revoked.iter().map(ToString::to_string).collect() };
-        if self.told.revoked.as_ref() != Some(&revoked) {
-            self.told.revoked = Some(revoked.clone());
+        if !self.told.revoked.as_ref().is_some_and(|told| Arc::ptr_eq(told, &view.revoked)) {
+            self.told.revoked = Some(view.revoked.clone());
+            let revoked = proto::Revoked { spiffe_ids: view.revoked.iter().map(ToString::to_string).collect() };
             self.send(Kind::Revoked(revoked)).await?;
         }
         let gateways = wire::gateways(&view);
@@ -222,7 +223,7 @@ impl SidecarStream {
                 self.send(Kind::Registration(result)).await?;
             }
         }
-        let grant = |(service, clusters): (&ServiceName, &std::collections::BTreeSet<_>)| proto::InboundGrant {
+        let grant = |(service, clusters): (&ServiceName, &BTreeSet<_>)| proto::InboundGrant {
             service: service.to_string(),
             clusters: clusters.iter().map(ToString::to_string).collect(),
         };

@@ -61,19 +61,21 @@ pub fn load(state: &Path) -> Remembered {
 pub async fn follow(hub: HubHandle, state: PathBuf) {
     let mut changes = hub.changes();
     let mut written = Arc::new(load(&state));
+    let mut seen = written.clone();
     loop {
         changes.borrow_and_update();
         let now = hub.view().remembered.clone();
-        if now != written {
+        if !Arc::ptr_eq(&now, &seen) && now != written {
             let (path, content) = (state.join(FILE), now.clone());
             let write = move || -> io::Result<()> { atomic::write_private(&path, &serde_json::to_vec(&*content)?) };
             match tokio::task::spawn_blocking(write).await {
-                Ok(Ok(())) => written = now,
+                Ok(Ok(())) => written = now.clone(),
                 Ok(Err(error)) => tracing::error!(%error, "what is connected can't be written"),
                 Err(_) => return,
             }
             tokio::time::sleep(WRITE_INTERVAL).await;
         }
+        seen = now;
         if changes.changed().await.is_err() {
             return;
         }

@@ -390,8 +390,7 @@ impl State {
         } else {
             Arc::new(trust.revoked().clone())
         };
-        let remembered = self.remembered();
-        let remembered = if *before.remembered == remembered { before.remembered.clone() } else { remembered.into() };
+        let remembered = if seen { Arc::new(self.remembered()) } else { before.remembered.clone() };
         View {
             remembered,
             generation: before.generation + u64::from(seen),
