@@ -9,11 +9,13 @@ use aws_lc_rs::hmac;
 use quinn::congestion::{BbrConfig, CubicConfig};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, ServerConfig, TransportConfig,
+    VarInt,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tombolo_trust::atomic;
 
+use super::socket::SplittingSocket;
 use crate::config::{Congestion, LimitsConfig};
 
 /// What a connection has before it is known who it is: one stream and this window.
@@ -76,7 +78,9 @@ pub fn bind(listen: SocketAddr, keys: &EndpointKeys) -> std::io::Result<Endpoint
     let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &keys.reset)));
     let connection_ids = keys.connection_ids;
     config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(connection_ids)));
-    Endpoint::new(config, None, socket.into(), Arc::new(quinn::TokioRuntime))
+    let runtime = Arc::new(quinn::TokioRuntime);
+    let socket = SplittingSocket::new(runtime.wrap_udp_socket(socket.into())?);
+    Endpoint::new_with_abstract_socket(config, None, Arc::new(socket), runtime)
 }
 
 /// What every connection starts with, whoever dialled.

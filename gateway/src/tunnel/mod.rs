@@ -6,6 +6,7 @@ pub mod dialler;
 pub mod doorway;
 pub mod endpoint;
 pub mod registry;
+pub mod socket;
 pub mod streams;
 
 use quinn::VarInt;
