@@ -55,12 +55,13 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
         let bound = listen(&outbound, *address, Some(to.clone())).await;
         addresses.insert(format!("listener-{n}"), bound.with_context(|| format!("listeners[{n}].listen"))?);
     }
-    addresses.insert("inbound".to_owned(), serve_inbound(&config, &process, &svid, &trust, &discovery).await?);
+    let served = serve_inbound(&config, &process, &svid, &trust, &discovery).await?;
+    addresses.insert("inbound".to_owned(), served.address);
     let upkeep = tokio::spawn(outbound::upkeep::run(outbound.clone()));
     let gateways =
         tokio::spawn(outbound::upkeep::follow_gateways(outbound.clone(), discovery.gateways(), svid.clone()));
 
-    let state = state_view(&outbound, &discovery, &svid);
+    let state = state_view(&outbound, served, &discovery, &svid);
     let shown = serde_json::to_value(&config)?;
     let admin = Admin::start(config.admin, process.metrics.clone(), process.readiness.clone(), shown, state);
     let admin = admin.await.with_context(|| format!("admin {}", config.admin))?;
@@ -77,6 +78,13 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The inbound side as it runs.
+struct Served {
+    address: SocketAddr,
+    inbound: Arc<Inbound>,
+    checks: Verdicts,
+}
+
 /// Binds the inbound listener, registers what is served here and begins to check it; yields the address.
 async fn serve_inbound(
     config: &Config,
@@ -84,21 +92,22 @@ async fn serve_inbound(
     svid: &SvidSource,
     trust: &TrustStore,
     discovery: &SidecarDiscovery,
-) -> anyhow::Result<SocketAddr> {
+) -> anyhow::Result<Served> {
     let address = config.inbound;
     let listener = TcpListener::bind(address).await.with_context(|| format!("inbound: can't listen on {address}"))?;
-    let bound = listener.local_addr()?;
+    let address = listener.local_addr()?;
     let authority = Box::new(Discovered::new(discovery.clone()));
     let inbound = Inbound::new(&config.services, process, svid, trust, authority);
-    tokio::spawn(inbound::run(listener, inbound));
+    tokio::spawn(inbound::run(listener, inbound.clone()));
+    let checks = Verdicts::default();
     if !config.services.is_empty() {
-        let advertised = config.advertise.clone().unwrap_or_else(|| bound.to_string());
+        let advertised = config.advertise.clone().unwrap_or_else(|| address.to_string());
         registration::register(discovery, &config.services, &advertised);
         tokio::spawn(registration::watch(discovery.clone()));
         let sink = TellFederation::new(discovery.clone());
-        tokio::spawn(health::run(config.services.clone(), sink, Verdicts::default(), process.drain.clone()));
+        tokio::spawn(health::run(config.services.clone(), sink, checks.clone(), process.drain.clone()));
     }
-    Ok(bound)
+    Ok(Served { address, inbound, checks })
 }
 
 /// Binds and serves one outbound listener; yields the address that it got.
@@ -141,6 +150,7 @@ async fn follow_readiness(readiness: Readiness, svid: SvidSource, discovery: Sid
 
 fn state_view(
     outbound: &Arc<Outbound>,
+    served: Served,
     discovery: &SidecarDiscovery,
     svid: &SvidSource,
 ) -> Arc<dyn Fn() -> Value + Send + Sync> {
@@ -160,6 +170,8 @@ fn state_view(
                 "lastError": status.last_error,
             },
             "outbound": outbound.state(),
+            "inbound": served.inbound.state(),
+            "health": served.checks.state(),
         })
     })
 }

@@ -74,6 +74,8 @@ where
         .enable_connect_protocol()
         .handshake::<_, Bytes>(stream);
     let mut connection = timeout(PREFACE_MAX, handshake).await.map_err(|_| ServeError::PrefaceTimeout)??;
+    // Pinned once: to make them anew for each request would register with both tokens each time.
+    let (mut drain, mut abort) = (pin!(options.drain.cancelled()), pin!(options.abort.cancelled()));
     let mut draining = false;
     loop {
         tokio::select! {
@@ -85,11 +87,11 @@ where
                     tokio::spawn(answer(service(request), respond, continues));
                 }
             },
-            () = options.drain.cancelled(), if !draining => {
+            () = &mut drain, if !draining => {
                 draining = true;
                 connection.graceful_shutdown();
             }
-            () = options.abort.cancelled() => {
+            () = &mut abort => {
                 connection.abrupt_shutdown(Reason::NO_ERROR);
                 // Flushes the GOAWAY if the socket takes it; the connection ends either way.
                 let _ = timeout(Duration::from_secs(1), poll_fn(|cx| connection.poll_closed(cx))).await;

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tombolo_core::health::{CheckResult, Health, Verdict};
 use tombolo_core::id::ServiceName;
@@ -35,6 +36,19 @@ pub struct Checked {
 impl Verdicts {
     pub fn now(&self) -> BTreeMap<(ServiceName, u16), Checked> {
         self.board.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What the operator is shown.
+    pub fn state(&self) -> Value {
+        let row = |((service, port), checked): (&(ServiceName, u16), &Checked)| {
+            json!({
+                "service": service,
+                "port": port,
+                "verdict": checked.verdict,
+                "lastFailure": checked.last_failure,
+            })
+        };
+        self.now().iter().map(row).collect()
     }
 
     fn set(&self, config: &ServiceConfig, checked: Checked) {

@@ -14,12 +14,13 @@ mod observe;
 pub mod opaque;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tombolo_core::authz::{self, Client, Delivered};
 use tombolo_core::id::{ClusterId, ServiceName};
@@ -126,9 +127,16 @@ impl Inbound {
         self.apps.get(&(leg.target.service.clone(), leg.target.port)).ok_or(Refusal::UnknownPort)
     }
 
-    /// Legs open now, for the operator.
-    pub fn legs_open(&self) -> usize {
-        LEGS_MAX - self.legs.available_permits()
+    /// What the operator is shown.
+    pub fn state(&self) -> Value {
+        let grants: BTreeMap<String, BTreeSet<ClusterId>> =
+            self.authority.grants().iter().map(|(service, clusters)| (service.to_string(), clusters.clone())).collect();
+        let delivered: Vec<String> = self.ports.iter().map(|(service, port)| format!("{service}:{port}")).collect();
+        json!({
+            "legs": LEGS_MAX - self.legs.available_permits(),
+            "delivers": delivered,
+            "exportedTo": grants,
+        })
     }
 
     async fn leg(self: Arc<Self>, tcp: TcpStream, drain: CancellationToken) {
@@ -143,12 +151,14 @@ impl Inbound {
         let _counted = Counted::new(&self.observed.legs);
         let _track = self.drain.track();
         let (credentials, identity) = (leg.credentials.clone(), leg.identity.clone());
-        let serving: std::pin::Pin<Box<dyn Future<Output = ()> + Send>> = match identity.alpn {
-            Alpn::H2 => Box::pin(self.clone().serve_http(leg, drain)),
-            Alpn::Tcp => Box::pin(opaque::serve(self.clone(), leg, drain)),
+        // In a task of its own, so that what may end a leg early is not asked again with each octet of it.
+        let mut serving = JoinSet::new();
+        match identity.alpn {
+            Alpn::H2 => serving.spawn(self.clone().serve_http(leg, drain)),
+            Alpn::Tcp => serving.spawn(opaque::serve(self.clone(), leg, drain)),
         };
         tokio::select! {
-            () = serving => {}
+            _ = serving.join_next() => {}
             refusal = credentials.refused(&self.trust) => {
                 self.observed.refused(refusal);
                 tracing::info!(client = %identity.client_id, refusal = refusal.code(), "leg closed: its client is no longer trusted");
