@@ -1,7 +1,7 @@
 //! What a bench says: medians with their spread, the ratio to each bar, and the file that keeps them. A
 //! bar that is missed is written down as missed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
@@ -106,16 +106,22 @@ impl Report {
         Ok(())
     }
 
-    fn table(&self) -> String {
-        let mut rows = vec![vec!["figure".to_owned()]];
+    /// A row for each figure and a column for each system, or the other way round if that is narrower.
+    fn figure_rows(&self) -> Vec<Vec<String>> {
+        let mut rows = vec![vec![String::new()]];
         rows[0].extend(self.figures.keys().cloned());
-        let names: std::collections::BTreeSet<&String> = self.figures.values().flat_map(BTreeMap::keys).collect();
+        let names: BTreeSet<&String> = self.figures.values().flat_map(BTreeMap::keys).collect();
         for name in names {
             let cells = self.figures.values().map(|figures| figures.get(name).map_or("-".to_owned(), cell));
             rows.push(std::iter::once(name.clone()).chain(cells).collect());
         }
-        let mut text =
-            format!("\n{} at {} on {} x {}\n", self.name, self.commit, self.machine.processors, self.machine.model);
+        if rows[0].len() > rows.len() { turned(&rows) } else { rows }
+    }
+
+    fn table(&self) -> String {
+        let rows = self.figure_rows();
+        let processors = self.machine.processors;
+        let mut text = format!("\n{} at {} on {processors} x {}\n", self.name, self.commit, self.machine.model);
         text.push_str(&aligned(&rows));
         let mut rows = vec![["bar", "want", "got", ""].map(str::to_owned).to_vec()];
         for bar in &self.bars {
@@ -127,6 +133,11 @@ impl Report {
         text.push_str(&aligned(&rows));
         text
     }
+}
+
+/// Rows as columns.
+fn turned(rows: &[Vec<String>]) -> Vec<Vec<String>> {
+    (0..rows[0].len()).map(|column| rows.iter().map(|row| row[column].clone()).collect()).collect()
 }
 
 fn cell(series: &Series) -> String {
