@@ -191,6 +191,7 @@ impl LegDialer {
                     gateway.worked();
                     return Ok(WithGateway { leg, gateway: Some(gateway.id.clone()) });
                 }
+                Err(error) if error.refusal == Refusal::NoCertificate => return Err(blame_here(error)),
                 Err(error) if is_the_gateways(&error, &gateway) => last = blame_way(error, &gateway),
                 Err(error) => return Err(blame_endpoint(error, target)),
             }
@@ -226,7 +227,16 @@ fn blame_way(error: LegError, gateway: &Gateway) -> LegFailure {
     LegFailure { refused, blame: Blame::Way }
 }
 
+/// This process has no identity yet: no endpoint and no gateway is to blame.
+fn blame_here(error: LegError) -> LegFailure {
+    let refused = Refused { refusal: error.refusal, detail: error.detail, retry_after: error.retry_after };
+    LegFailure { refused, blame: Blame::Here }
+}
+
 fn blame_endpoint(error: LegError, target: &Target) -> LegFailure {
+    if error.refusal == Refusal::NoCertificate {
+        return blame_here(error);
+    }
     let detail = format!("endpoint {} in {}: {}", target.key.endpoint, target.key.cluster, error.detail);
     let refused = Refused { refusal: error.refusal, detail, retry_after: error.retry_after };
     LegFailure { refused, blame: Blame::Endpoint }

@@ -20,7 +20,7 @@ use tombolo_runtime::telemetry::{Kind, Span};
 use super::Outbound;
 use super::body::{BodySource, ResponseBody};
 use super::dial::{Blame, LegFailure};
-use super::refuse::{Refused, is_grpc};
+use super::refuse::{REFUSAL, Refused, is_grpc};
 use super::replay::RequestBody;
 use super::route::{Flight, Route, Target, Waiting};
 use super::{explain, switch, tunnel};
@@ -185,13 +185,13 @@ impl Outbound {
             let flight = Flight::begin(target.clone());
             let result = within(deadline, self.try_once(&target, outgoing, trace)).await;
             let failure = match result {
+                Ok((response, _, _))
+                    if outgoing.idempotent && number < self.schedule.tries && is_misdelivered(&response) =>
+                {
+                    misdelivered(&response, &target)
+                }
                 Ok((response, leg, after)) => {
-                    let outcome = if is_gateway_error(response.status()) {
-                        Outcome::GatewayError { after }
-                    } else {
-                        Outcome::Answered { after }
-                    };
-                    route.handle_outcome(&target, outcome, Instant::now());
+                    route.handle_outcome(&target, outcome_of(response.status(), after), Instant::now());
                     if tried.first().is_some_and(|first| first.cluster != target.key.cluster) {
                         self.observed.failovers.inc();
                     }
@@ -314,8 +314,26 @@ pub(super) fn no_endpoint(route: &Route) -> Refused {
     Refused::new(Refusal::NoEndpoint, format!("{} port {} has no endpoint in any cluster", route.service, route.port))
 }
 
-fn is_gateway_error(status: StatusCode) -> bool {
-    matches!(status, StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+fn outcome_of(status: StatusCode, after: Duration) -> Outcome {
+    match status {
+        StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
+            Outcome::GatewayError { after }
+        }
+        _ => Outcome::Answered { after },
+    }
+}
+
+/// Whether the far sidecar says that it does not deliver this service, any more or yet. An application could
+/// say so too, which is why only idempotent requests go elsewhere for it.
+fn is_misdelivered(response: &Response<RecvBody>) -> bool {
+    response.status() == StatusCode::MISDIRECTED_REQUEST && response.headers().contains_key(&REFUSAL)
+}
+
+fn misdelivered(response: &Response<RecvBody>, target: &Target) -> Failure {
+    let code = response.headers().get(&REFUSAL).and_then(|code| Refusal::from_code(code.to_str().ok()?));
+    let detail = format!("endpoint {} in {} does not deliver it", target.key.endpoint, target.key.cluster);
+    let refused = Refused::new(code.unwrap_or(Refusal::EndpointGone), detail);
+    Failure { progress: Progress::Sent, refused, outcome: Some(Outcome::Refused), blame: Blame::Endpoint }
 }
 
 fn is_plain_connect<B: Body>(request: &Request<B>) -> bool {

@@ -43,9 +43,7 @@ impl Refused {
             BadRequest | BadTarget | BadClientHello | BadHeader | TargetMismatch | BadAlpn => StatusCode::BAD_REQUEST,
             ForeignName | IdentityDenied | WrongRole | Revoked => StatusCode::FORBIDDEN,
             UnknownService | UnknownPort | NotExported => StatusCode::NOT_FOUND,
-            ConnectionLost | NoCertificate | BadCertificate | Expired | UnknownTrustDomain | RelayLoop => {
-                StatusCode::BAD_GATEWAY
-            }
+            ConnectionLost | BadCertificate | Expired | UnknownTrustDomain | RelayLoop => StatusCode::BAD_GATEWAY,
             Timeout | HandshakeTimeout => StatusCode::GATEWAY_TIMEOUT,
             // Whatever else may be refused one day: nobody is there to answer.
             _ => StatusCode::SERVICE_UNAVAILABLE,
