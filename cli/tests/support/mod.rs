@@ -115,7 +115,8 @@ pub async fn curl(proxy: SocketAddr, arguments: &[&str]) -> Answer {
     let output = Command::new("curl").args(&all).stdin(Stdio::null()).output().await.expect("curl is installed");
     let headers = String::from_utf8_lossy(&output.stderr).into_owned();
     // The last status line counts: interim responses come before it.
-    let status = headers.lines().filter_map(|line| line.strip_prefix("HTTP/")?.split(' ').nth(1)?.parse().ok()).last();
+    let status =
+        headers.lines().filter_map(|line| line.strip_prefix("HTTP/")?.split(' ').nth(1)?.parse().ok()).next_back();
     Answer { status: status.unwrap_or(0), headers, body: String::from_utf8_lossy(&output.stdout).into_owned() }
 }
 
