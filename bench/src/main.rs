@@ -12,6 +12,7 @@ mod load;
 mod memory;
 mod mesh;
 mod report;
+mod stall;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -37,6 +38,8 @@ enum Command {
     Failover(Given),
     /// Time from the demo's start to its first crossing request.
     Demo(Given),
+    /// What 200 clients that stop reading do to the others.
+    Stall(Given),
     /// The application behind the proxies.
     #[command(hide = true)]
     App {
@@ -118,6 +121,7 @@ fn main() -> anyhow::Result<()> {
             Command::Memory(given) => memory::run(&Options::from(given)?).await,
             Command::Failover(given) => failover::run(&Options::from(given)?).await,
             Command::Demo(given) => demo::run(&Options::from(given)?).await,
+            Command::Stall(given) => stall::run(&Options::from(given)?).await,
             Command::App { name, listen, announce } => app::run(name, listen, &announce).await,
         }
     })
