@@ -22,6 +22,7 @@ const APP_ADDRESS: &str = "app.address";
 const PATIENCE: Duration = Duration::from_secs(15);
 
 pub struct Script {
+    binary: Binary,
     east: Cluster,
     west: Cluster,
     tunnel_port: u16,
@@ -224,12 +225,13 @@ impl Script {
     /// What to try while everything is up.
     pub fn explain_by_hand(&self, screen: &Screen) {
         let Some(proxy) = self.frontend else { return };
+        let tombolo = self.binary.path().display();
         screen.line("\nEverything stays up. To try by hand, in another terminal:\n");
         screen.line(format!("  curl -x http://{proxy} {}", load::URL));
         screen.line(format!("  curl -x http://{proxy} -H 'tombolo-explain: 1' -i {}", load::URL));
-        screen.line(format!("  tombolo status --state {}", self.east.state()));
+        screen.line(format!("  {tombolo} status --state {}", self.east.state()));
         screen.line(format!("  kill -9 {}    # the local app: curl again, west answers", self.app_pid()));
-        screen.line(format!("  tombolo unexport web.shop --state {}", self.west.state()));
+        screen.line(format!("  {tombolo} unexport web.shop --state {}", self.west.state()));
         screen.line("\nCtrl-C stops everything and removes its files.");
     }
 

@@ -49,7 +49,8 @@ fn print(status: &StatusResponse) {
     table::print(&["gateway", "state", "tunnels up", "legs", "ingress", "advertises"], gateways);
     anstream::println!();
     let sidecars = status.sidecars.iter().map(|row| {
-        let ready = format!("{}/{}", row.ready, row.registered);
+        // One that only calls others has nothing to be ready.
+        let ready = if row.registered == 0 { "-".into() } else { format!("{}/{}", row.ready, row.registered) };
         vec![row.instance.clone(), ready, table::list(&row.services), row.spiffe_id.clone()]
     });
     table::print(&["sidecar", "ready", "serves", "identity"], sidecars);
