@@ -42,7 +42,13 @@ impl Script {
             cluster.declare_service("shop", "web", &[("http", 80)])?;
             Ok(cluster)
         };
-        Ok(Self { east: cluster("east")?, west: cluster("west")?, tunnel_port: options.tunnel_port, frontend: None })
+        Ok(Self {
+            east: cluster("east")?,
+            west: cluster("west")?,
+            binary,
+            tunnel_port: options.tunnel_port,
+            frontend: None,
+        })
     }
 
     pub async fn run(&mut self, screen: &mut Screen) -> anyhow::Result<()> {
