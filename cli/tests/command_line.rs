@@ -88,3 +88,23 @@ fn a_script_must_say_what_a_peer_may_bring_in() {
         .unwrap();
     assert!(errors(&output).contains("--imports is required without a terminal"), "{}", errors(&output));
 }
+
+#[test]
+fn the_configuration_reference_is_valid() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("cluster")).unwrap();
+    let here = directory.path().to_str().unwrap();
+    let document =
+        include_str!("../../docs/configuration.md").replace("/etc/tombolo", here).replace("/var/lib/tombolo", here);
+    let mut checked = Vec::new();
+    for part in document.split("<!-- check: ").skip(1) {
+        let (role, rest) = part.split_once(" -->").unwrap();
+        let yaml = rest.split("```yaml\n").nth(1).unwrap().split("```").next().unwrap();
+        let file = directory.path().join(format!("{role}.yaml"));
+        std::fs::write(&file, yaml).unwrap();
+        let output = tombolo(&[role, "--check-config", "--config", file.to_str().unwrap()]);
+        assert!(output.status.success(), "{}", errors(&output));
+        checked.push(role);
+    }
+    assert_eq!(checked, ["federation", "gateway", "sidecar", "agent"]);
+}
