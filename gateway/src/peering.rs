@@ -13,13 +13,12 @@ use tombolo_core::door::ALPN_PEERING;
 use tombolo_core::id::Role;
 use tombolo_core::refusal::Refusal;
 use tombolo_leg::discovery::{PeeringCommand, PeeringReport};
+use tombolo_trust::peering::{EXPORTER_LABEL, EXPORTER_LEN};
 use tombolo_trust::tls::{self, ServerExpectation};
 
 use crate::gateway::Gateway;
 use crate::tunnel::{CLOSE_DONE, endpoint, refusal_of};
 
-/// What both sides' exporter values are made with (RFC 8446 section 7.5).
-const EXPORTER_LABEL: &[u8] = b"EXPORTER-tombolo-peering";
 /// Largest offer or answer.
 const MESSAGE_MAX: usize = 64 * 1024;
 /// How long a caller has, from its handshake to the answer.
@@ -103,7 +102,7 @@ pub fn handle(gateway: &Arc<Gateway>, command: PeeringCommand) {
 }
 
 fn exporter(connection: &Connection) -> Result<Vec<u8>, Refusal> {
-    let mut value = vec![0; 32];
+    let mut value = vec![0; EXPORTER_LEN];
     connection.export_keying_material(&mut value, EXPORTER_LABEL, b"").map_err(|_| Refusal::ConnectionLost)?;
     Ok(value)
 }

@@ -12,6 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKey, PublicKeyData, SanType, SerialNumber,
+    SigningKey,
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
@@ -24,7 +25,7 @@ use crate::atomic;
 use crate::bundle::{Bundle, InvalidBundle, ROOTS_MAX, root_sha256};
 use crate::certificate::read_root;
 use crate::key::{IdentityKey, KeyError};
-use crate::peering::sha256;
+use crate::peering::{EXPORTER_LEN, answer_message, sha256};
 use crate::svid::{InvalidSvid, Svid, SvidSource, TICK, timestamp};
 
 /// Largest CSR that is looked into, in octets.
@@ -250,6 +251,20 @@ impl CertificateAuthority {
     ) -> Result<Svid, CaError> {
         let chain = self.issue(&key.csr_der()?, id, life, now)?;
         Ok(Svid::new(chain, key.private_key_der())?)
+    }
+
+    /// Signs the answer to a peering offer with the published root of this SHA-256, which is the one that the
+    /// accepting side pins.
+    pub fn sign_answer(
+        &self,
+        root_sha256: [u8; 32],
+        exporter: &[u8; EXPORTER_LEN],
+        offer: &[u8],
+        body: &[u8],
+    ) -> Result<Vec<u8>, CaError> {
+        let state = self.shared.state.load();
+        let root = state.roots.iter().find(|root| root.sha256 == root_sha256).ok_or(CaError::UnknownRoot)?;
+        Ok(root.issuer.key().sign(&answer_message(exporter, offer, body))?)
     }
 
     /// An SVID of this process's own, with a key that is never written, renewed on the current runtime for as

@@ -105,11 +105,16 @@ pub(crate) fn read_root(root: &CertificateDer<'_>) -> Result<Root, Refused> {
 /// Whether `certificate` is signed by its own key: what a pin to a root may name. webpki takes a root's own
 /// signature for granted, so it is checked here.
 pub(crate) fn is_self_signed(certificate: &CertificateDer<'_>) -> bool {
-    let (Ok(parsed), Ok(root)) = (parse(certificate), EndEntityCert::try_from(certificate)) else { return false };
+    let Ok(parsed) = parse(certificate) else { return false };
     let (message, signature) = (parsed.tbs_certificate.as_ref(), &parsed.signature_value.data);
+    parsed.subject().as_raw() == parsed.issuer().as_raw() && signed(certificate, message, signature)
+}
+
+/// Whether `signature` over `message` was made with the key of `certificate`.
+pub(crate) fn signed(certificate: &CertificateDer<'_>, message: &[u8], signature: &[u8]) -> bool {
+    let Ok(certificate) = EndEntityCert::try_from(certificate) else { return false };
     let algorithms = provider().signature_verification_algorithms.all;
-    parsed.subject().as_raw() == parsed.issuer().as_raw()
-        && algorithms.iter().any(|algorithm| root.verify_signature(*algorithm, message, signature).is_ok())
+    algorithms.iter().any(|algorithm| certificate.verify_signature(*algorithm, message, signature).is_ok())
 }
 
 fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, Refused> {

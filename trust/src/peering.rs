@@ -1,7 +1,12 @@
-//! The proof that the accepting side of a peering holds the invitation's secret: an Ed25519 signature that is
-//! bound to one TLS connection by its exporter value, so that it can't be replayed on another.
+//! What the two sides of a peering prove to each other, bound to one TLS connection by its exporter value, so
+//! that it can't be replayed on another. The accepting side proves with an Ed25519 signature that it holds the
+//! invitation's secret; the inviting side signs its answer with the key of the root that the token pins. The
+//! gateways between them can change neither.
 
 use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
+use rustls::pki_types::CertificateDer;
+
+use crate::certificate;
 
 /// Length of an invitation's secret, in octets.
 pub const SEED_LEN: usize = 32;
@@ -15,11 +20,18 @@ pub const EXPORTER_LEN: usize = 32;
 pub const EXPORTER_LABEL: &[u8] = b"EXPORTER-tombolo-peering-v1";
 
 const PREFIX: &[u8] = b"tombolo peering v1";
+/// Begins no DER, so that what a root's key signs here is never taken for a certificate.
+const ANSWER_PREFIX: &[u8] = b"tombolo peering answer v1";
 
 /// The proof does not fit the public key, the connection or the offer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the proof was not made with the invitation's secret for this connection and this offer")]
 pub struct BadProof;
+
+/// The answer was not signed by the root, or for another connection or offer, or was changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the answer was not signed by the root for this connection and this offer")]
+pub struct BadAnswer;
 
 /// SHA-256 of `bytes`.
 pub fn sha256(bytes: &[u8]) -> [u8; 32] {
@@ -51,6 +63,23 @@ pub fn verify(public_key: &[u8], exporter: &[u8], body: &[u8], proof: &[u8]) -> 
     UnparsedPublicKey::new(&ED25519, public_key).verify(&message(exporter, body), proof).map_err(|_| BadProof)
 }
 
+/// What [`crate::ca::CertificateAuthority::sign_answer`] signs.
+pub(crate) fn answer_message(exporter: &[u8; EXPORTER_LEN], offer: &[u8], body: &[u8]) -> Vec<u8> {
+    [ANSWER_PREFIX, exporter, &sha256(offer), &sha256(body)].concat()
+}
+
+/// Checks that `root`'s key signed `body` as the answer to `offer` on the connection of `exporter`.
+pub fn verify_answer(
+    root: &CertificateDer<'_>,
+    exporter: &[u8; EXPORTER_LEN],
+    offer: &[u8],
+    body: &[u8],
+    signature: &[u8],
+) -> Result<(), BadAnswer> {
+    let message = answer_message(exporter, offer, body);
+    if certificate::signed(root, &message, signature) { Ok(()) } else { Err(BadAnswer) }
+}
+
 fn key_pair(seed: &[u8; SEED_LEN]) -> Ed25519KeyPair {
     Ed25519KeyPair::from_seed_unchecked(seed).expect("any 32 octets are an Ed25519 seed")
 }
@@ -63,6 +92,8 @@ fn message(exporter: &[u8; EXPORTER_LEN], body: &[u8]) -> Vec<u8> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::bundle::root_sha256;
+    use crate::ca::{CaError, CertificateAuthority};
 
     #[test]
     fn a_proof_holds_for_its_connection_and_offer_only() {
@@ -85,6 +116,33 @@ mod tests {
         ] {
             assert_eq!(verify(key, exporter, body, proof), Err(BadProof), "{what}");
         }
+    }
+
+    #[test]
+    fn an_answer_holds_for_its_root_connection_and_offer_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let ca = CertificateAuthority::create_or_load(folder.path(), &"east.tombolo".parse().unwrap()).unwrap();
+        let first = ca.active_root_sha256();
+        let second = ca.add_root().unwrap();
+        let bundle = ca.bundle();
+        let root = |sha256: [u8; 32]| bundle.roots().iter().find(|root| root_sha256(root) == sha256).unwrap();
+        let (exporter, offer, body) = ([9; EXPORTER_LEN], b"offer".as_slice(), b"body".as_slice());
+        // Not the one that issues: a token may be older than a rotation.
+        ca.activate(second).unwrap();
+        let signature = ca.sign_answer(first, &exporter, offer, body).unwrap();
+        assert_eq!(verify_answer(root(first), &exporter, offer, body, &signature), Ok(()));
+
+        for (what, sha256, exporter, offer, body, signature) in [
+            ("another root", second, exporter, offer, body, &signature[..]),
+            ("another connection", first, [1; EXPORTER_LEN], offer, body, &signature),
+            ("another offer", first, exporter, b"Offer", body, &signature),
+            ("another body", first, exporter, offer, b"Body", &signature),
+            ("a cut signature", first, exporter, offer, body, &signature[1..]),
+            ("no signature", first, exporter, offer, body, &[]),
+        ] {
+            assert_eq!(verify_answer(root(sha256), &exporter, offer, body, signature), Err(BadAnswer), "{what}");
+        }
+        assert!(matches!(ca.sign_answer([0; 32], &exporter, offer, body), Err(CaError::UnknownRoot)));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use prost::Message;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tombolo_api::proto::peering::answer::Kind;
-use tombolo_api::proto::peering::{Accepted as WireAccepted, Answer, Offer, OfferBody};
+use tombolo_api::proto::peering::{AcceptedBody, Answer, Offer, OfferBody};
 use tombolo_core::id::{ClusterId, GatewayId, TrustDomain};
 use tombolo_core::invitation::{Refused, Token};
 use tombolo_core::model::Authority;
@@ -27,6 +27,14 @@ pub struct Accepted {
     pub cluster: ClusterId,
     pub trust_domain: TrustDomain,
     pub root_sha256: [u8; 32],
+}
+
+/// What came back, with what it must have been signed for.
+struct Answered {
+    exporter: [u8; proof::EXPORTER_LEN],
+    /// Encoded, as it was sent.
+    offer: Vec<u8>,
+    answer: Answer,
 }
 
 /// Removes the attempt from those that wait when it ends, however it ends.
@@ -57,10 +65,13 @@ impl Peering {
             Refused::OwnName => PeeringError::OwnToken,
             refused => PeeringError::Refused(refused),
         })?;
-        let answer = self.ask_gateways(token).await?;
-        let (record, root_sha256) = self.read_answer(token, authority, answer)?;
-        let accepted =
-            Accepted { cluster: record.cluster.clone(), trust_domain: record.trust_domain.clone(), root_sha256 };
+        let answered = self.ask_gateways(token).await?;
+        let record = read_answer(token, authority, answered)?;
+        let accepted = Accepted {
+            cluster: record.cluster.clone(),
+            trust_domain: record.trust_domain.clone(),
+            root_sha256: token.root_sha256,
+        };
         let (stored, shared) = (record.clone(), self.shared.clone());
         // Checked once more: another token may have been accepted meanwhile.
         let bound = self.shared.store.off_thread(move |store| {
@@ -77,7 +88,7 @@ impl Peering {
     }
 
     /// Tries our gateways in turn until one has carried the offer there.
-    async fn ask_gateways(&self, token: &Token) -> Result<Answer, PeeringError> {
+    async fn ask_gateways(&self, token: &Token) -> Result<Answered, PeeringError> {
         let mut failed = PeeringError::NoGateway;
         for gateway in self.shared.relay.gateways().into_iter().filter(|gateway| gateway.connected) {
             match self.ask(gateway.gateway, token).await {
@@ -95,7 +106,7 @@ impl Peering {
         Err(failed)
     }
 
-    async fn ask(&self, gateway: GatewayId, token: &Token) -> Result<Answer, PeeringError> {
+    async fn ask(&self, gateway: GatewayId, token: &Token) -> Result<Answered, PeeringError> {
         let mut attempt = self.attempt(gateway);
         let dial = PeeringCommand::Dial {
             attempt: attempt.id.clone(),
@@ -110,10 +121,11 @@ impl Peering {
         };
         let exporter: [u8; proof::EXPORTER_LEN] = exporter.try_into().map_err(|_| PeeringError::UnreadableAnswer)?;
         let offer = self.offer(token, &exporter).encode_to_vec();
-        attempt.command(PeeringCommand::Offer { attempt: attempt.id.clone(), offer }).await?;
+        attempt.command(PeeringCommand::Offer { attempt: attempt.id.clone(), offer: offer.clone() }).await?;
         match attempt.next(token).await? {
             PeeringEvent::Answer { answer, .. } if answer.len() <= MESSAGE_OCTETS_MAX => {
-                Answer::decode(answer.as_slice()).map_err(|_| PeeringError::UnreadableAnswer)
+                let answer = Answer::decode(answer.as_slice()).map_err(|_| PeeringError::UnreadableAnswer)?;
+                Ok(Answered { exporter, offer, answer })
             }
             _ => Err(PeeringError::UnreadableAnswer),
         }
@@ -138,46 +150,43 @@ impl Peering {
         let proof = proof::sign(token.seed.expose(), exporter, &body).to_vec();
         Offer { invitation_id: token.id.to_string(), body, proof }
     }
+}
 
-    /// Believes of the answer only what the token vouches for.
-    fn read_answer(
-        &self,
-        token: &Token,
-        authority: Authority,
-        answer: Answer,
-    ) -> Result<(PeerRecord, [u8; 32]), PeeringError> {
-        let accepted: WireAccepted = match answer.kind {
-            Some(Kind::Accepted(accepted)) => accepted,
-            Some(Kind::Refused(refused)) => {
-                let (code, message) = (printable(&refused.code), printable(&refused.message));
-                return Err(PeeringError::RefusedThere { cluster: token.cluster.clone(), code, message });
-            }
-            None => return Err(PeeringError::UnreadableAnswer),
-        };
-        if accepted.cluster != token.cluster.as_str() {
-            return Err(PeeringError::WrongAnswer("another cluster id"));
+/// Believes of the answer only what the root that the token pins has signed.
+fn read_answer(token: &Token, authority: Authority, answered: Answered) -> Result<PeerRecord, PeeringError> {
+    let Answered { exporter, offer, answer } = answered;
+    let accepted = match answer.kind {
+        Some(Kind::Accepted(accepted)) => accepted,
+        Some(Kind::Refused(refused)) => {
+            let (code, message) = (printable(&refused.code), printable(&refused.message));
+            return Err(PeeringError::RefusedThere { cluster: token.cluster.clone(), code, message });
         }
-        if accepted.trust_domain != token.trust_domain.as_str() {
-            return Err(PeeringError::WrongAnswer("another trust domain"));
-        }
-        let bundle = accepted.bundle.ok_or(PeeringError::UnreadableAnswer)?;
-        let bundle = Bundle::from_wire(bundle).map_err(|_| PeeringError::WrongAnswer("its bundle is not one"))?;
-        if *bundle.trust_domain() != token.trust_domain {
-            return Err(PeeringError::WrongAnswer("a bundle of another trust domain"));
-        }
-        if !bundle.roots().iter().any(|root| root_sha256(root) == token.root_sha256) {
-            return Err(PeeringError::WrongAnswer("another root"));
-        }
-        let gateways = addresses_from_wire(accepted.gateways).ok_or(PeeringError::UnreadableAnswer)?;
-        let record = PeerRecord {
-            cluster: token.cluster.clone(),
-            trust_domain: token.trust_domain.clone(),
-            authority,
-            bundle: bundle.to_wire(),
-            gateways,
-        };
-        Ok((record, token.root_sha256))
+        None => return Err(PeeringError::UnreadableAnswer),
+    };
+    let body = AcceptedBody::decode(accepted.body.as_slice()).map_err(|_| PeeringError::UnreadableAnswer)?;
+    if body.cluster != token.cluster.as_str() {
+        return Err(PeeringError::WrongAnswer("another cluster id"));
     }
+    if body.trust_domain != token.trust_domain.as_str() {
+        return Err(PeeringError::WrongAnswer("another trust domain"));
+    }
+    let bundle = body.bundle.ok_or(PeeringError::UnreadableAnswer)?;
+    let bundle = Bundle::from_wire(bundle).map_err(|_| PeeringError::WrongAnswer("its bundle is not one"))?;
+    if *bundle.trust_domain() != token.trust_domain {
+        return Err(PeeringError::WrongAnswer("a bundle of another trust domain"));
+    }
+    let pinned = bundle.roots().iter().find(|root| root_sha256(root) == token.root_sha256);
+    let pinned = pinned.ok_or(PeeringError::WrongAnswer("another root"))?;
+    proof::verify_answer(pinned, &exporter, &offer, &accepted.body, &accepted.signature)
+        .map_err(|_| PeeringError::WrongAnswer("the pinned root has not signed it"))?;
+    let gateways = addresses_from_wire(body.gateways).ok_or(PeeringError::UnreadableAnswer)?;
+    Ok(PeerRecord {
+        cluster: token.cluster.clone(),
+        trust_domain: token.trust_domain.clone(),
+        authority,
+        bundle: bundle.to_wire(),
+        gateways,
+    })
 }
 
 impl Attempt<'_> {

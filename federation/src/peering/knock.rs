@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use prost::Message;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use tombolo_api::proto::peering::answer::Kind;
-use tombolo_api::proto::peering::{Accepted, Answer, Offer, OfferBody, Refused as WireRefused};
+use tombolo_api::proto::peering::{Accepted, AcceptedBody, Answer, Offer, OfferBody, Refused as WireRefused};
 use tombolo_core::id::{ClusterId, GatewayId, Role, TrustDomain};
 use tombolo_core::invitation::{self, Bindings, InvitationId, Redemption, Refused};
 use tombolo_core::model::GatewayAddress;
@@ -41,7 +41,7 @@ struct Claims {
     trust_domain: TrustDomain,
     bundle: Bundle,
     gateways: Vec<GatewayAddress>,
-    inviter_root_sha256: Vec<u8>,
+    inviter_root_sha256: [u8; 32],
 }
 
 impl Peering {
@@ -83,32 +83,47 @@ impl Peering {
         if offer.len() > MESSAGE_OCTETS_MAX {
             return Err(no("bad-offer", "the offer is larger than 64 KiB"));
         }
-        let offer = Offer::decode(offer.as_slice()).map_err(|_| no("bad-offer", "the offer can't be read"))?;
-        let shared = self.shared.clone();
-        let decided = self.shared.store.off_thread(move |store| decide(&shared, store, &exporter, &offer, &chain));
+        let read = Offer::decode(offer.as_slice()).map_err(|_| no("bad-offer", "the offer can't be read"))?;
+        let (shared, of) = (self.shared.clone(), exporter.clone());
+        let decided = self.shared.store.off_thread(move |store| decide(&shared, store, &of, &read, &chain));
+        let Redeemed { record, pinned } = decided.await?;
         // Trusted here before the other side hears of it, since it dials at once.
-        if let Some(record) = decided.await? {
+        if let Some(record) = record {
             tracing::info!(cluster = %record.cluster, trust_domain = %record.trust_domain, "an invitation was redeemed");
             let gone = |_| no("busy", "the inviting federation is stopping; try again");
             self.shared.relay.peer_added(record).await.map_err(gone)?;
         }
-        Ok(Accepted {
+        self.answer(pinned, &exporter, &offer)
+    }
+
+    /// Signed with the root that the token pins, so that no gateway on the way can add to it.
+    fn answer(&self, pinned: [u8; 32], exporter: &[u8], offer: &[u8]) -> Result<Accepted, No> {
+        let body = AcceptedBody {
             cluster: self.shared.cluster.to_string(),
             trust_domain: self.shared.trust_domain.to_string(),
             bundle: Some(self.shared.ca.bundle().to_wire()),
             gateways: self.shared.addresses_to_wire(),
-        })
+        };
+        let body = body.encode_to_vec();
+        let exporter = exporter.try_into().map_err(|_| no("bad-offer", "the exporter value has another length"))?;
+        let signature = self.shared.ca.sign_answer(pinned, exporter, offer, &body).map_err(|error| {
+            tracing::error!(%error, "the answer to a peering can't be signed");
+            no("not-signed", "the inviting federation can't sign its answer; see its log, then try again")
+        })?;
+        Ok(Accepted { body, signature })
     }
 }
 
-/// Decides and makes durable. Yields the new peer, or nothing when the offer is a repeat.
-fn decide(
-    shared: &Shared,
-    store: &Store,
-    exporter: &[u8],
-    offer: &Offer,
-    chain: &[Vec<u8>],
-) -> Result<Option<PeerRecord>, No> {
+/// An invitation that was redeemed with this offer, now or before.
+struct Redeemed {
+    /// The new peer, or nothing when the offer is a repeat.
+    record: Option<PeerRecord>,
+    /// SHA-256 of our root that the token pins.
+    pinned: [u8; 32],
+}
+
+/// Decides and makes durable.
+fn decide(shared: &Shared, store: &Store, exporter: &[u8], offer: &Offer, chain: &[Vec<u8>]) -> Result<Redeemed, No> {
     let id: InvitationId = offer.invitation_id.parse().map_err(|_| No::from(Refused::Unknown))?;
     let known = store.peering().invitations.get(&id).map(|invitation| invitation.public_key);
     let public_key = known.ok_or(Refused::Unknown)?;
@@ -122,6 +137,7 @@ fn decide(
         cluster: claims.as_ref().map_or_else(|| shared.cluster.clone(), |claims| claims.cluster.clone()),
         trust_domain: claims.as_ref().map_or_else(|| shared.trust_domain.clone(), |claims| claims.trust_domain.clone()),
     };
+    let pinned = claims.as_ref().map(|claims| claims.inviter_root_sha256);
     let redeemed = store.change_peering(|state| {
         let peers = shared.bindings(state.bindings());
         let bindings = Bindings { own_cluster: &shared.cluster, own_trust_domain: &shared.trust_domain, peers: &peers };
@@ -141,7 +157,7 @@ fn decide(
         tracing::error!(%error, "a peering can't be made durable");
         no("not-durable", "the inviting federation can't write its state; see its log, then try again")
     })?;
-    Ok(stored?)
+    Ok(Redeemed { record: stored?, pinned: pinned.ok_or(Refused::BadProof)? })
 }
 
 /// One digest over all roots, so that a repeat must come with the very same ones.
@@ -160,13 +176,13 @@ fn claims(shared: &Shared, offer: &Offer, chain: &[Vec<u8>]) -> Result<Claims, N
         trust_domain: body.trust_domain.parse().map_err(|_| bad("its trust domain"))?,
         bundle,
         gateways: addresses_from_wire(body.gateways).ok_or_else(|| bad("its gateway addresses"))?,
-        inviter_root_sha256: body.inviter_root_sha256,
+        inviter_root_sha256: body.inviter_root_sha256.try_into().map_err(|_| bad("the root that it names"))?,
     };
     if *claims.bundle.trust_domain() != claims.trust_domain || claims.bundle.roots().is_empty() {
         return Err(bad("its bundle is not one of its trust domain"));
     }
     let own = shared.ca.bundle();
-    if !own.roots().iter().any(|root| root_sha256(root).as_slice() == claims.inviter_root_sha256) {
+    if !own.roots().iter().any(|root| root_sha256(root) == claims.inviter_root_sha256) {
         return Err(no("wrong-root", "the token pins a root that this cluster does not publish; ask for a new token"));
     }
     check_caller(&claims, chain)?;

@@ -1,7 +1,7 @@
 use tempfile::TempDir;
 use tokio::time::timeout;
 use tombolo_api::proto::peering::answer::Kind;
-use tombolo_api::proto::peering::{Answer, Offer, OfferBody};
+use tombolo_api::proto::peering::{AcceptedBody, Answer, Offer, OfferBody};
 use tombolo_core::id::SpiffeId;
 use tombolo_core::model::ServiceSelector;
 use tombolo_core::source::LocalState;
@@ -26,8 +26,14 @@ enum Mischief {
     OtherCaller,
     /// The offer comes with the certificate of a workload.
     WorkloadCaller,
-    /// The answer names the root of another cluster.
+    /// The inviting side's gateway puts a root of its own in place of the cluster's ...
     AnswerWithOtherRoot,
+    /// ... or beside it ...
+    AnswerWithMoreRoots,
+    /// ... or another address ...
+    AnswerWithOtherAddress,
+    /// ... or leaves out the signature.
+    AnswerUnsigned,
     /// The answer is lost on its way.
     AnswerLost,
     AnswerGarbage,
@@ -110,21 +116,30 @@ impl Network {
         let event = match *self.mischief.lock().unwrap() {
             Mischief::AnswerLost => PeeringEvent::Failed { gateway, attempt, reason: "connection lost".into() },
             Mischief::AnswerGarbage => PeeringEvent::Answer { gateway, attempt, answer: vec![0xff; 10] },
-            Mischief::AnswerWithOtherRoot => {
-                let Some(Kind::Accepted(mut accepted)) = Answer::decode(answer.as_slice()).unwrap().kind else {
-                    panic!()
-                };
-                let state = tempfile::tempdir().unwrap();
-                let domain = accepted.trust_domain.parse().unwrap();
-                let other = CertificateAuthority::create_or_load(state.path(), &domain).unwrap();
-                accepted.bundle = Some(other.bundle().to_wire());
-                answer = Answer { kind: Some(Kind::Accepted(accepted)) }.encode_to_vec();
+            mischief => {
+                answer = tamper(mischief, answer);
                 PeeringEvent::Answer { gateway, attempt, answer }
             }
-            _ => PeeringEvent::Answer { gateway, attempt, answer },
         };
         self.send(&from, event);
     }
+}
+
+fn tamper(mischief: Mischief, answer: Vec<u8>) -> Vec<u8> {
+    let Some(Kind::Accepted(mut accepted)) = Answer::decode(answer.as_slice()).unwrap().kind else { return answer };
+    let mut body = AcceptedBody::decode(accepted.body.as_slice()).unwrap();
+    let state = tempfile::tempdir().unwrap();
+    let other = CertificateAuthority::create_or_load(state.path(), &body.trust_domain.parse().unwrap()).unwrap();
+    let (other, bundle) = (other.bundle().to_wire(), body.bundle.as_mut().unwrap());
+    match mischief {
+        Mischief::AnswerWithOtherRoot => *bundle = other,
+        Mischief::AnswerWithMoreRoots => bundle.roots_der.extend(other.roots_der),
+        Mischief::AnswerWithOtherAddress => body.gateways[0].address = "mallory.example:15443".into(),
+        Mischief::AnswerUnsigned => accepted.signature.clear(),
+        _ => return answer,
+    }
+    accepted.body = body.encode_to_vec();
+    Answer { kind: Some(Kind::Accepted(accepted)) }.encode_to_vec()
 }
 
 fn gateway_id(cluster: &str) -> GatewayId {
@@ -363,6 +378,9 @@ async fn whoever_sits_between_the_gateways_gets_nowhere() {
         (Mischief::OtherCaller, "certificate does not fit the offer", Some("bad-certificate")),
         (Mischief::WorkloadCaller, "it is not a gateway's", Some("bad-certificate")),
         (Mischief::AnswerWithOtherRoot, "does not come from the cluster that the token names (another root)", None),
+        (Mischief::AnswerWithMoreRoots, "the pinned root has not signed it", None),
+        (Mischief::AnswerWithOtherAddress, "the pinned root has not signed it", None),
+        (Mischief::AnswerUnsigned, "the pinned root has not signed it", None),
         (Mischief::AnswerGarbage, "the answer can't be read", None),
     ] {
         let (network, east, west) = east_and_west().await;
@@ -371,7 +389,7 @@ async fn whoever_sits_between_the_gateways_gets_nowhere() {
         let error = west.refused(&token).await;
         assert!(error.contains(want), "{mischief:?}: {error}");
         assert_eq!(east.refusals.lock().unwrap().first().copied(), code, "{mischief:?}");
-        assert_eq!(west.peers(), Vec::<String>::new(), "{mischief:?}");
+        assert_eq!(west.peers(), Vec::<String>::new(), "{mischief:?}: nothing is stored");
     }
 }
 
