@@ -30,6 +30,8 @@ pub const SUSPECT_AFTER: Duration = Duration::from_millis(400);
 pub const DEAD_AFTER: Duration = Duration::from_secs(60);
 /// A timer that fires this much late says that this process was held up, not the far end.
 const LATE: Duration = Duration::from_millis(200);
+/// Reads of what had arrived before a write failed.
+const LAST_READS_MAX: usize = 64;
 
 /// Whether the far end of a leg answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,6 +172,28 @@ pub(super) struct Heard<T> {
     pub(super) shared: Arc<Shared>,
 }
 
+impl<T: AsyncRead + Unpin> Heard<T> {
+    /// A far end that refuses this one says why and closes, and a write may find out before the next read
+    /// does: what it said is still there.
+    fn hear_why(&mut self, cx: &mut Context<'_>) {
+        let mut octets = [0; 1024];
+        for _ in 0..LAST_READS_MAX {
+            let mut buf = ReadBuf::new(&mut octets);
+            match Pin::new(&mut *self).poll_read(cx, &mut buf) {
+                Poll::Ready(Ok(())) if !buf.filled().is_empty() => {}
+                _ => return,
+            }
+        }
+    }
+
+    fn after_write<V>(&mut self, cx: &mut Context<'_>, written: std::io::Result<V>) -> Poll<std::io::Result<V>> {
+        if written.is_err() {
+            self.hear_why(cx);
+        }
+        Poll::Ready(written)
+    }
+}
+
 impl<T: AsyncRead + Unpin> AsyncRead for Heard<T> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
         let before = buf.filled().len();
@@ -185,9 +209,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Heard<T> {
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Heard<T> {
+impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Heard<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
+        let written = ready!(Pin::new(&mut self.io).poll_write(cx, buf));
+        self.after_write(cx, written)
     }
 
     fn poll_write_vectored(
@@ -195,7 +220,8 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Heard<T> {
         cx: &mut Context<'_>,
         bufs: &[std::io::IoSlice<'_>],
     ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+        let written = ready!(Pin::new(&mut self.io).poll_write_vectored(cx, bufs));
+        self.after_write(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -203,7 +229,8 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Heard<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        let flushed = ready!(Pin::new(&mut self.io).poll_flush(cx));
+        self.after_write(cx, flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
@@ -342,5 +369,50 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
 impl<T> Drop for Driver<T> {
     fn drop(&mut self) {
         self.shared.become_health(LegHealth::Gone);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::io;
+    use tokio::io::AsyncWriteExt;
+
+    /// A connection that the far end has refused and closed, with octets and the alert still to be read.
+    struct Refused(usize);
+
+    impl AsyncRead for Refused {
+        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            self.0 += 1;
+            if self.0 < 3 {
+                buf.put_slice(b"settings");
+                return Poll::Ready(Ok(()));
+            }
+            let alert = rustls::Error::AlertReceived(rustls::AlertDescription::CertificateRevoked);
+            Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, alert)))
+        }
+    }
+
+    impl AsyncWrite for Refused {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_write_that_fails_first_does_not_hide_the_reason() {
+        let shared = Shared::new(Duration::ZERO);
+        let mut heard = Heard { io: Refused(0), shared: shared.clone() };
+        assert_eq!(heard.write(b"request").await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(shared.denied.get(), Some(&Refusal::Revoked));
     }
 }
