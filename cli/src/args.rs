@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use tombolo_core::id::{ClusterId, ServiceName};
+use tombolo_core::id::{ClusterId, ServiceName, SpiffeId};
 use tombolo_core::model::ServiceSelector;
 
 /// Ties Kubernetes clusters, clouds and plain machines into one service network.
@@ -36,7 +36,7 @@ pub enum Command {
     /// Let a sidecar or gateway join this cluster: add, list, remove join entries
     #[command(subcommand)]
     Join(JoinCommand),
-    /// Manage the roots of this cluster's own trust domain
+    /// Manage this cluster's own trust domain: add a root, revoke an identity
     #[command(subcommand)]
     Trust(TrustCommand),
     /// Run the federation service: catalogue, trust, peer sync
@@ -236,6 +236,19 @@ pub struct JoinRemoveCommand {
 pub enum TrustCommand {
     /// Make a new root and publish it beside the present one, to peers too
     AddRoot(SocketOnly),
+    /// Refuse an identity of this cluster from now on, here and at every peer, and close what it has open
+    Revoke(IdentityCommand),
+    /// Take a revocation back
+    Unrevoke(IdentityCommand),
+}
+
+#[derive(Args)]
+pub struct IdentityCommand {
+    /// The identity, as `tombolo status` shows it: spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/ACCOUNT
+    pub spiffe_id: SpiffeId,
+
+    #[command(flatten)]
+    pub socket: Socket,
 }
 
 #[derive(Args)]

@@ -216,6 +216,54 @@ async fn a_stream_and_a_websocket_live_through_three_renewals() {
 }
 
 #[tokio::test]
+async fn a_revoked_caller_is_cut_off_in_the_other_cluster_too() {
+    let world = World::new().await;
+    let (mut east, mut west, proxy, _web) = crossing(&world).await;
+    let sidecar = Sidecar { name: "batch", workload: "shop/batch", config: Value::Null };
+    let other = east.start_sidecar(sidecar).await.unwrap().address("outbound").unwrap();
+    curl_until(proxy, WEB, "web-in-west").await;
+    curl_until(other, WEB, "web-in-west").await;
+    let url = format!("{WEB}drip?8");
+    let (arguments, others) = ([url.as_str()], [url.as_str()]);
+    let revoke = async {
+        // So that both streams stand.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let said = east.operator(&["trust", "revoke", "spiffe://east.tombolo/ns/shop/sa/frontend"]).await.unwrap();
+        let began = Instant::now();
+        assert!(said.contains("is revoked (sequence 1)"), "{said}");
+        let refused = until("the revoked caller to be refused", async || {
+            let answer = curl(proxy, &[WEB]).await;
+            (answer.status != 200).then_some(answer)
+        })
+        .await;
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert_eq!((refused.status, refused.header("tombolo-refusal")), (403, Some("revoked")), "{refused:?}");
+        began
+    };
+    let cut = async {
+        let stream = curl(proxy, &arguments).await;
+        (stream, Instant::now())
+    };
+    let ((stream, ended), kept, began) = tokio::join!(cut, curl(other, &others), revoke);
+    assert!(stream.body.lines().count() < 50, "the live stream is closed: {stream:?}");
+    assert!(ended.duration_since(began) < Duration::from_secs(2), "{:?}", ended.duration_since(began));
+    assert_eq!(kept.body.lines().count(), 80, "another identity's stream goes on");
+    let status = west.status().await.unwrap();
+    assert_eq!(status["revoked"], json!(["spiffe://east.tombolo/ns/shop/sa/frontend"]), "{status}");
+
+    // It outlives a restart, and nothing is issued to it; a mistake is taken back.
+    east.kill("federation").await.unwrap();
+    east.restart("federation").await.unwrap();
+    east.kill("frontend").await.unwrap();
+    east.restart("frontend").await.unwrap();
+    assert_eq!(east.status().await.unwrap()["revoked"], json!(["spiffe://east.tombolo/ns/shop/sa/frontend"]));
+    assert_ne!(curl(proxy, &[WEB]).await.status, 200);
+    east.operator(&["trust", "unrevoke", "spiffe://east.tombolo/ns/shop/sa/frontend"]).await.unwrap();
+    curl_until(proxy, WEB, "web-in-west").await;
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
 async fn a_new_root_reaches_the_peer_without_a_dropped_connection() {
     let world = World::new().await;
     let (mut east, mut west, proxy, _web) = crossing(&world).await;

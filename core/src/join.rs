@@ -303,6 +303,13 @@ impl JoinEntries {
         self.0.remove(entry_id).is_some()
     }
 
+    /// Removes every entry that yields `spiffe_id`, and says how many there were.
+    pub fn remove_identity(&mut self, spiffe_id: &SpiffeId) -> usize {
+        let before = self.0.len();
+        self.0.retain(|_, entry| entry.spiffe_id != *spiffe_id);
+        before - self.0.len()
+    }
+
     /// Forgets entries that nobody can use any more.
     fn forget_old(&mut self, now: Timestamp) {
         self.0.retain(|_, entry| {

@@ -155,7 +155,7 @@ enum Input {
     PeerAdded(Box<PeerRecord>, Box<Import>, oneshot::Sender<()>),
     PeerRemoved(ClusterId, oneshot::Sender<()>),
     OwnBundleChanged(Bundle),
-    OwnRevoked { sequence: u64, ids: BTreeSet<SpiffeId> },
+    OwnRevoked { sequence: u64, ids: BTreeSet<SpiffeId>, done: oneshot::Sender<()> },
     Command(GatewayId, PeeringCommand, oneshot::Sender<Result<(), CommandRefused>>),
     SyncBegan(ClusterId, oneshot::Sender<Option<Position>>),
     SyncReceived(ClusterId, Vec<PeerMessage>, oneshot::Sender<Result<SyncApplied, SyncEnds>>),
@@ -208,9 +208,10 @@ impl HubHandle {
         self.send(Input::OwnBundleChanged(bundle)).await
     }
 
-    /// Identities of the own trust domain that are revoked, all of them, under a growing sequence.
+    /// Identities of the own trust domain that are revoked, all of them, under a growing sequence. Returns
+    /// when they are in force here; gateways, sidecars and peers are told at once.
     pub async fn own_revoked(&self, sequence: u64, ids: BTreeSet<SpiffeId>) -> Result<(), HubGone> {
-        self.send(Input::OwnRevoked { sequence, ids }).await
+        self.ask(|done| Input::OwnRevoked { sequence, ids, done }).await
     }
 
     /// Sends a peering command to one connected gateway.

@@ -1,5 +1,6 @@
 //! The operator API on its Unix socket: whoever may open the socket (0600) is an operator.
 
+mod revocation;
 mod socket;
 mod status;
 #[cfg(test)]
@@ -13,7 +14,8 @@ use tombolo_api::proto::operator::{
     ExportRequest, ExportResponse, InvitationRow, JoinAddRequest, JoinAddResponse, JoinListRequest, JoinListResponse,
     JoinRemoveRequest, JoinRemoveResponse, JoinRow, PeerAcceptRequest, PeerAcceptResponse, PeerInviteRequest,
     PeerInviteResponse, PeerListRequest, PeerListResponse, PeerRemoveRequest, PeerRemoveResponse, StatusRequest,
-    StatusResponse, TrustAddRootRequest, TrustAddRootResponse, UnexportRequest, UnexportResponse,
+    StatusResponse, TrustAddRootRequest, TrustAddRootResponse, TrustRevokeRequest, TrustRevokeResponse,
+    TrustUnrevokeRequest, TrustUnrevokeResponse, UnexportRequest, UnexportResponse,
 };
 use tombolo_core::id::{InvalidName, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::invitation::{LIFE_DEFAULT, Token};
@@ -174,6 +176,20 @@ impl Operator for OperatorService {
             return Ok(Response::new(JoinRemoveResponse {}));
         }
         Err(Status::not_found(format!("no join entry {entry_id}; see `tombolo join list`")))
+    }
+
+    async fn trust_revoke(
+        &self,
+        request: Request<TrustRevokeRequest>,
+    ) -> Result<Response<TrustRevokeResponse>, Status> {
+        self.revoke(&request.into_inner().spiffe_id).await.map(Response::new)
+    }
+
+    async fn trust_unrevoke(
+        &self,
+        request: Request<TrustUnrevokeRequest>,
+    ) -> Result<Response<TrustUnrevokeResponse>, Status> {
+        self.unrevoke(&request.into_inner().spiffe_id).await.map(Response::new)
     }
 
     async fn trust_add_root(&self, _: Request<TrustAddRootRequest>) -> Result<Response<TrustAddRootResponse>, Status> {

@@ -85,6 +85,35 @@ pub struct Revoked {
     pub ids: BTreeSet<SpiffeId>,
 }
 
+/// There is no room for one more revoked identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{REVOKED_MAX} identities are revoked already; take back those that are long gone with `tombolo trust unrevoke`"
+)]
+pub struct TooManyRevoked;
+
+impl Revoked {
+    /// Whether `id` was not revoked before.
+    pub fn revoke(&mut self, id: SpiffeId) -> Result<bool, TooManyRevoked> {
+        if self.ids.contains(&id) {
+            return Ok(false);
+        }
+        if self.ids.len() >= REVOKED_MAX {
+            return Err(TooManyRevoked);
+        }
+        self.ids.insert(id);
+        self.sequence += 1;
+        Ok(true)
+    }
+
+    /// Whether `id` was revoked before.
+    pub fn unrevoke(&mut self, id: &SpiffeId) -> bool {
+        let was = self.ids.remove(id);
+        self.sequence += u64::from(was);
+        was
+    }
+}
+
 const OWNER: Contents = Contents { name: "cluster.json", lost: "the epoch, which starts anew" };
 const PEERING: Contents = Contents { name: "peering.json", lost: "all peers and invitations" };
 const JOINS: Contents = Contents { name: "joins.json", lost: "all join entries" };
@@ -168,16 +197,10 @@ impl Store {
         self.state().revoked.clone()
     }
 
-    /// Revokes more of the own identities and yields all of them. An identity over the limit is refused.
-    pub fn revoke(&self, ids: BTreeSet<SpiffeId>) -> Result<Revoked, StoreError> {
+    /// Changes which of the own identities are revoked; it is durable when this returns.
+    pub fn change_revoked<T>(&self, change: impl FnOnce(&mut Revoked) -> T) -> Result<T, StoreError> {
         let mut state = self.state();
-        self.change(&mut state.revoked, &REVOKED, |revoked| {
-            let before = revoked.ids.len();
-            let room = REVOKED_MAX.saturating_sub(before);
-            revoked.ids.extend(ids.into_iter().take(room));
-            revoked.sequence += u64::from(revoked.ids.len() != before);
-            revoked.clone()
-        })
+        self.change(&mut state.revoked, &REVOKED, change)
     }
 
     /// When each of `exported`, which is all that is exported now, was first seen.

@@ -7,6 +7,9 @@ use super::client::{block_on, connect, refused};
 use super::{peer, table};
 use crate::args::{Output, StatusCommand};
 
+/// Revoked identities in the table; all are in the JSON.
+const REVOKED_SHOWN_MAX: usize = 20;
+
 pub fn run(command: StatusCommand) -> anyhow::Result<()> {
     let status = block_on(async {
         let mut operator = connect(&command.socket.state).await?;
@@ -54,8 +57,18 @@ fn print(status: &StatusResponse) {
         vec![row.instance.clone(), ready, table::list(&row.services), row.spiffe_id.clone()]
     });
     table::print(&["sidecar", "ready", "serves", "identity"], sidecars);
+    print_revoked(&status.revoked);
     for problem in &status.problems {
         anstream::println!("\nproblem: {}:{}: {}", problem.file, problem.line, problem.reason);
+    }
+}
+
+fn print_revoked(revoked: &[String]) {
+    for id in revoked.iter().take(REVOKED_SHOWN_MAX) {
+        anstream::println!("\nrevoked: {id}");
+    }
+    if let Some(more) = revoked.len().checked_sub(REVOKED_SHOWN_MAX).filter(|more| *more > 0) {
+        anstream::println!("\nrevoked: {more} more; see `tombolo status -o json`");
     }
 }
 
@@ -163,5 +176,7 @@ fn to_json(status: &StatusResponse) -> Value {
         "gateways": gateways,
         "sidecars": sidecars,
         "problems": problems,
+        "revoked": status.revoked,
+        "revocationSequence": status.revocation_sequence,
     })
 }

@@ -1,5 +1,8 @@
 //! The stream of one gateway.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use tokio::sync::{mpsc, watch};
 use tombolo_api::convert::{InvalidMessage, name};
 use tombolo_api::proto::discovery as proto;
@@ -32,6 +35,7 @@ pub(super) struct GatewayStream {
     drain: DrainWatch,
     changes: watch::Receiver<u64>,
     told: Option<proto::GatewaySnapshot>,
+    told_revoked: Option<Arc<BTreeSet<SpiffeId>>>,
 }
 
 fn malformed(error: InvalidMessage) -> Status {
@@ -85,6 +89,7 @@ impl GatewayStream {
             drain: service.drain.clone(),
             changes: service.hub.changes(),
             told: None,
+            told_revoked: None,
         })
     }
 
@@ -101,11 +106,7 @@ impl GatewayStream {
     async fn follow(&mut self) -> Result<(), Ended> {
         loop {
             self.changes.borrow_and_update();
-            let snapshot = wire::snapshot(&self.hub.view());
-            if self.told.as_ref() != Some(&snapshot) {
-                self.told = Some(snapshot.clone());
-                self.send(Kind::Snapshot(snapshot)).await?;
-            }
+            self.tell().await?;
             tokio::select! {
                 request = self.requests.message() => match request? {
                     Some(request) => self.handle(request).await?,
@@ -120,6 +121,21 @@ impl GatewayStream {
                 () = self.updates.closed() => return Err(Ended::Closed),
             }
         }
+    }
+
+    /// Sends what differs from what was sent; revocations first, so that no peer is dialled without them.
+    async fn tell(&mut self) -> Result<(), Ended> {
+        let view = self.hub.view();
+        if !self.told_revoked.as_ref().is_some_and(|told| Arc::ptr_eq(told, &view.revoked)) {
+            self.told_revoked = Some(view.revoked.clone());
+            self.send(Kind::Revoked(wire::revoked(&view))).await?;
+        }
+        let snapshot = wire::snapshot(&view);
+        if self.told.as_ref() != Some(&snapshot) {
+            self.told = Some(snapshot.clone());
+            self.send(Kind::Snapshot(snapshot)).await?;
+        }
+        Ok(())
     }
 
     async fn handle(&mut self, request: proto::GatewayRequest) -> Result<(), Ended> {

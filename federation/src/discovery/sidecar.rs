@@ -192,8 +192,7 @@ impl SidecarStream {
         }
         if !self.told.revoked.as_ref().is_some_and(|told| Arc::ptr_eq(told, &view.revoked)) {
             self.told.revoked = Some(view.revoked.clone());
-            let revoked = proto::Revoked { spiffe_ids: view.revoked.iter().map(ToString::to_string).collect() };
-            self.send(Kind::Revoked(revoked)).await?;
+            self.send(Kind::Revoked(wire::revoked(&view))).await?;
         }
         let gateways = wire::gateways(&view);
         if self.told.gateways.as_ref() != Some(&gateways) {

@@ -37,6 +37,10 @@ pub(super) fn gateways(view: &View) -> proto::LocalGateways {
     proto::LocalGateways { gateways: connected.map(|connected| gateway(connected)).collect() }
 }
 
+pub(super) fn revoked(view: &View) -> proto::Revoked {
+    proto::Revoked { spiffe_ids: view.revoked.iter().map(ToString::to_string).collect() }
+}
+
 /// One service with every share; where its local endpoints are delivered is told with the local one.
 pub(super) fn service(view: &ServiceView) -> proto::Service {
     let deliveries = || {

@@ -106,6 +106,7 @@ impl State {
             sidecars: Arc::default(),
             bundles: Arc::default(),
             revoked: Arc::default(),
+            revocation_sequence: 0,
             problems: Arc::default(),
             remembered: Arc::default(),
         };
@@ -178,7 +179,10 @@ impl State {
                 self.answers.push(done);
             }
             Input::OwnBundleChanged(bundle) => self.handle_own_bundle(bundle),
-            Input::OwnRevoked { sequence, ids } => self.handle_own_revoked(Revocations { sequence, ids }),
+            Input::OwnRevoked { sequence, ids, done } => {
+                self.handle_own_revoked(Revocations { sequence, ids });
+                self.answers.push(done);
+            }
             Input::Command(gateway, command, answer) => drop(answer.send(self.command(gateway, command))),
             Input::SyncBegan(cluster, answer) => drop(answer.send(self.handle_sync_began(&cluster))),
             Input::SyncReceived(cluster, messages, answer) => {
@@ -400,6 +404,7 @@ impl State {
             services,
             bundles: kept(bundles.collect()),
             revoked,
+            revocation_sequence: self.revocations.sequence,
             problems: Arc::new(self.local.problems.clone()),
             ..(**before).clone()
         }

@@ -117,7 +117,10 @@ pub struct View {
     pub sidecars: Arc<BTreeMap<SessionId, Arc<SidecarView>>>,
     /// Own and peers' bundles by cluster, as they are in force.
     pub bundles: Arc<BTreeMap<ClusterId, Bundle>>,
+    /// Own and peers' identities that are revoked.
     pub revoked: Arc<BTreeSet<SpiffeId>>,
+    /// Sequence of the own revocations.
+    pub revocation_sequence: u64,
     pub problems: Arc<Vec<SourceProblem>>,
     /// What the next start of this federation begins with.
     pub remembered: Arc<Remembered>,

@@ -103,7 +103,8 @@ async fn an_svid_renews_itself_with_its_own_key_only() {
     let renewed = running.issue(&key, proof.clone()).await.unwrap();
     assert_eq!(renewed.spiffe_id, first.spiffe_id);
     assert_eq!(running.issue(&other, proof.clone()).await.unwrap_err().code(), Code::PermissionDenied);
-    running.service.store.revoke([first.spiffe_id.parse().unwrap()].into()).unwrap();
+    let revoke = running.service.store.change_revoked(|revoked| revoked.revoke(first.spiffe_id.parse().unwrap()));
+    assert_eq!(revoke.unwrap(), Ok(true));
     assert_eq!(running.issue(&key, proof).await.unwrap_err().code(), Code::PermissionDenied);
     assert_eq!(running.refusals.count(Refusal::Revoked), 1);
 }

@@ -33,6 +33,8 @@ pub fn status(view: &View, ca: &CertificateAuthority, version: &str) -> StatusRe
                 reason: problem.reason.clone(),
             })
             .collect(),
+        revoked: view.revoked.iter().map(ToString::to_string).collect(),
+        revocation_sequence: view.revocation_sequence,
     }
 }
 

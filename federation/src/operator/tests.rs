@@ -169,6 +169,39 @@ async fn status_and_roots_are_shown() {
 }
 
 #[tokio::test]
+async fn identities_are_revoked_and_taken_back() {
+    let mut running = Running::new().await;
+    const WEB_ID: &str = "spiffe://east.tombolo/ns/shop/sa/web";
+    let request = JoinAddRequest { workload: "ns/shop/sa/web".into(), ..Default::default() };
+    running.client.join_add(request.clone()).await.unwrap();
+    running.client.join_add(JoinAddRequest { workload: "ns/shop/sa/db".into(), ..request }).await.unwrap();
+    let revoke = TrustRevokeRequest { spiffe_id: WEB_ID.into() };
+    let revoked = running.client.trust_revoke(revoke.clone()).await.unwrap().into_inner();
+    assert_eq!((revoked.sequence, revoked.already, revoked.join_entries_removed), (1, false, 1));
+    let again = running.client.trust_revoke(revoke).await.unwrap().into_inner();
+    assert_eq!((again.sequence, again.already, again.join_entries_removed), (1, true, 0));
+    let status = running.client.status(StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!((status.revoked, status.revocation_sequence), (vec![WEB_ID.to_owned()], 1));
+    assert_eq!(running.client.join_list(JoinListRequest {}).await.unwrap().into_inner().entries.len(), 1);
+
+    let unrevoke = TrustUnrevokeRequest { spiffe_id: WEB_ID.into() };
+    assert_eq!(running.client.trust_unrevoke(unrevoke.clone()).await.unwrap().into_inner().sequence, 2);
+    assert_eq!(running.client.trust_unrevoke(unrevoke).await.unwrap_err().code(), Code::NotFound);
+    assert!(running.client.status(StatusRequest {}).await.unwrap().into_inner().revoked.is_empty());
+    for (id, want) in [
+        ("web", "identity: "),
+        ("spiffe://west.tombolo/ns/shop/sa/web", "spiffe://west.tombolo/ns/shop/sa/web is of another trust domain"),
+        (
+            "spiffe://east.tombolo/tombolo/federation/federation",
+            "spiffe://east.tombolo/tombolo/federation/federation is this federation itself",
+        ),
+    ] {
+        let refused = running.client.trust_revoke(TrustRevokeRequest { spiffe_id: id.into() }).await.unwrap_err();
+        assert!(refused.message().starts_with(want), "{refused:?}");
+    }
+}
+
+#[tokio::test]
 async fn the_socket_is_private_replaces_a_dead_one_and_spares_a_live_one() {
     let state = tempfile::tempdir().unwrap();
     let path = state.path().join(socket::SOCKET);

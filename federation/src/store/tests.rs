@@ -48,7 +48,11 @@ fn everything_is_there_again_after_a_restart() {
     };
     store.change_peering(invite).unwrap();
     store.save_import(&"west".parse().unwrap(), b"published").unwrap();
-    let revoked = store.revoke(["spiffe://east.tombolo/ns/a/sa/b".parse().unwrap()].into()).unwrap();
+    let revoked = store.change_revoked(|revoked| {
+        assert_eq!(revoked.revoke("spiffe://east.tombolo/ns/a/sa/b".parse().unwrap()), Ok(true));
+        revoked.clone()
+    });
+    let revoked = revoked.unwrap();
     let (peering, epoch) = (store.peering(), store.epoch());
     drop(store);
 
@@ -58,6 +62,22 @@ fn everything_is_there_again_after_a_restart() {
     assert_eq!(store.import(&"west".parse().unwrap()).unwrap().as_deref(), Some(b"published".as_slice()));
     assert_eq!((store.revoked(), revoked.sequence), (revoked, 1));
     assert!(store.epoch() > epoch);
+}
+
+#[test]
+fn every_change_of_what_is_revoked_has_a_higher_sequence() {
+    let id = |n: usize| format!("spiffe://east.tombolo/ns/a/sa/{n}").parse().unwrap();
+    let mut revoked = Revoked::default();
+    for (change, want) in [(true, true), (true, false), (false, true), (false, false), (true, true)] {
+        let before = revoked.sequence;
+        let changed = if change { revoked.revoke(id(0)).unwrap() } else { revoked.unrevoke(&id(0)) };
+        assert_eq!((changed, revoked.sequence), (want, before + u64::from(want)));
+    }
+    for n in 1..REVOKED_MAX {
+        revoked.revoke(id(n)).unwrap();
+    }
+    assert!(revoked.revoke(id(REVOKED_MAX)).is_err());
+    assert_eq!(revoked.revoke(id(5)), Ok(false), "one that is revoked needs no room");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use wire::gateway_update::Kind as Update;
 use super::link::{self, Federation, LinkStatus, Side};
 use super::model::{
     GatewaySnapshot, GatewayWelcome, PeeringCommand, PeeringReport, TunnelReport, gateway_snapshot, peering_command,
-    peering_report_to_wire, tunnels_to_wire,
+    peering_report_to_wire, revoked, tunnels_to_wire,
 };
 
 /// Peering reports that wait for the stream.
@@ -203,6 +203,7 @@ impl Side for State {
                 }
                 self.snapshot.send_replace(Some(Arc::new(snapshot)));
             }
+            Update::Revoked(ids) => self.trust.set_revoked(revoked(ids).map_err(|error| error.to_string())?),
             kind @ (Update::PeeringDial(_) | Update::PeeringOffer(_) | Update::PeeringVerdict(_)) => {
                 if let Some(command) = peering_command(kind).map_err(|error| error.to_string())? {
                     self.command(command)?;

@@ -326,7 +326,7 @@ pub(super) fn peering_command(kind: wire::gateway_update::Kind) -> Result<Option
         Kind::PeeringVerdict(verdict) => {
             Some(PeeringCommand::Verdict { attempt: verdict.attempt, answer: verdict.answer })
         }
-        Kind::Welcome(_) | Kind::Snapshot(_) => None,
+        Kind::Welcome(_) | Kind::Snapshot(_) | Kind::Revoked(_) => None,
     })
 }
 
