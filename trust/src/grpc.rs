@@ -1,5 +1,6 @@
 //! gRPC over our TLS, in both directions. tonic itself terminates nothing: identities are verified here.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -13,7 +14,7 @@ use rustls::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::time::{Sleep, timeout};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use tokio_stream::Stream;
 use tombolo_core::id::SpiffeId;
@@ -21,6 +22,7 @@ use tombolo_core::refusal::Refusal;
 use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint, Uri};
 
+use crate::handshakes::{Displaced, Handshakes, Place};
 use crate::tls::{identity_of, refusal_of};
 
 /// ALPN of gRPC.
@@ -28,8 +30,11 @@ pub const ALPN_H2: &[u8] = b"h2";
 
 /// How long a TCP connection and its handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Handshakes under way at once at one listener; above it, accepting waits.
+/// Handshakes under way at once at one listener; above it, the oldest makes room.
 const HANDSHAKES_MAX: usize = 512;
+/// Connections without an identity at one listener; above it, the oldest makes room. They only ask for an SVID.
+const ANONYMOUS_MAX: usize = 512;
+const ANONYMOUS_LIFE: Duration = Duration::from_secs(60);
 /// Connections open at once at one listener; above it, new ones are refused as [`Refusal::Overloaded`].
 const CONNECTIONS_MAX: usize = 8_192;
 /// Connections that wait for tonic to take them.
@@ -149,10 +154,9 @@ async fn accept_all(
     ready: mpsc::Sender<Connection>,
     on_refused: OnRefused,
 ) {
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let (handshakes, anonymous) = (Handshakes::new(HANDSHAKES_MAX), Handshakes::new(ANONYMOUS_MAX));
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        let permit = handshakes.clone().acquire_owned().await.expect("the semaphore is never closed");
         let (stream, address) = tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok(accepted) => accepted,
@@ -169,10 +173,15 @@ async fn accept_all(
             continue;
         };
         let (acceptor, ready, on_refused) = (acceptor.clone(), ready.clone(), on_refused.clone());
+        let (place, anonymous) = (handshakes.begin(), anonymous.clone());
         tokio::spawn(async move {
-            let result = timeout(HANDSHAKE_TIMEOUT, handshake(stream, address, acceptor, open)).await;
-            drop(permit);
-            match result.unwrap_or(Err(Some(Refusal::HandshakeTimeout))) {
+            let handshake = timeout(HANDSHAKE_TIMEOUT, handshake(stream, address, acceptor, open, &anonymous));
+            let result = match place.run(handshake).await {
+                Ok(Ok(result)) => result,
+                Ok(Err(_)) => Err(Some(Refusal::HandshakeTimeout)),
+                Err(Displaced) => Err(Some(Refusal::Overloaded)),
+            };
+            match result {
                 Ok(connection) => {
                     // Fails only when the server has stopped.
                     let _ = ready.send(connection).await;
@@ -190,6 +199,7 @@ async fn handshake(
     address: SocketAddr,
     acceptor: TlsAcceptor,
     open: OwnedSemaphorePermit,
+    anonymous: &Handshakes,
 ) -> Result<Connection, Option<Refusal>> {
     stream.set_nodelay(true).map_err(|_| None)?;
     let stream = acceptor.accept(stream).await.map_err(|error| match error.kind() {
@@ -200,7 +210,10 @@ async fn handshake(
         Some(chain) => Some(PeerId { id: identity_of(chain).map_err(Some)?, chain: chain.to_vec().into() }),
         None => None,
     };
-    Ok(Connection { stream, peer: Peer { id, address }, _open: open })
+    let anonymous = id
+        .is_none()
+        .then(|| Anonymous { place: anonymous.begin(), ends: Box::pin(tokio::time::sleep(ANONYMOUS_LIFE)) });
+    Ok(Connection { stream, peer: Peer { id, address }, anonymous, _open: open })
 }
 
 /// One accepted connection.
@@ -208,8 +221,22 @@ async fn handshake(
 pub struct Connection {
     stream: server::TlsStream<TcpStream>,
     peer: Peer,
+    anonymous: Option<Anonymous>,
     /// Counts this connection as open.
     _open: OwnedSemaphorePermit,
+}
+
+/// What a connection has whose client has proved nothing: a place that it can lose, and little time.
+#[derive(Debug)]
+struct Anonymous {
+    place: Place,
+    ends: Pin<Box<Sleep>>,
+}
+
+impl Anonymous {
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.place.poll_displaced(cx).is_ready() { Poll::Ready(()) } else { self.ends.as_mut().poll(cx) }
+    }
 }
 
 impl Connected for Connection {
@@ -222,6 +249,11 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Some(anonymous) = &mut self.anonymous
+            && anonymous.poll_ended(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }

@@ -8,6 +8,7 @@ pub mod bundle;
 pub mod ca;
 mod certificate;
 pub mod grpc;
+pub mod handshakes;
 pub mod identity;
 pub mod issuer;
 pub mod key;

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,6 +29,7 @@ use tombolo_leg::accept::{AcceptedLeg, Acceptor, LegIdentity};
 use tombolo_leg::credentials::Credentials;
 use tombolo_runtime::drain::DrainWatch;
 use tombolo_runtime::metrics::Refusals;
+use tombolo_trust::handshakes::Handshakes;
 use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 use tonic::transport::server::Connected;
@@ -37,8 +39,8 @@ use super::HEARTBEAT_INTERVAL;
 use super::wire::to_wire;
 use crate::hub::{HubGone, HubHandle};
 
-/// Legs whose handshake is under way at once; above it, accepting waits.
-const HANDSHAKES_MAX: usize = 64;
+/// Legs whose handshake is under way at once; above it, the oldest makes room.
+const HANDSHAKES_MAX: usize = 256;
 /// Legs that stand at once; each peer needs one, and a second while it reconnects.
 const LEGS_MAX: usize = 256;
 /// Updates between the stream and its leg; the leg's own flow control bounds the rest.
@@ -95,11 +97,9 @@ impl Publisher {
 
 async fn accept_all(listener: TcpListener, publisher: Publisher, accepted: mpsc::Sender<io::Result<Connection>>) {
     let acceptor = Acceptor::with_alpn(&publisher.svid, &publisher.trust, &[Alpn::H2]);
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let handshakes = Handshakes::new(HANDSHAKES_MAX);
     let legs = Arc::new(Semaphore::new(LEGS_MAX));
     loop {
-        let handshake = handshakes.clone().acquire_owned().await.expect("never closed");
-        let place = legs.clone().acquire_owned().await.expect("never closed");
         let (tcp, address) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -109,26 +109,37 @@ async fn accept_all(listener: TcpListener, publisher: Publisher, accepted: mpsc:
             }
         };
         let (acceptor, publisher, accepted) = (acceptor.clone(), publisher.clone(), accepted.clone());
+        let (handshake, legs) = (handshakes.begin(), legs.clone());
         tokio::spawn(async move {
-            let leg = acceptor.accept(tcp).await.map_err(|error| (error.refusal, error.detail));
-            drop(handshake);
-            let judged = leg.and_then(|leg| match publisher.authorize(&leg.identity) {
-                Ok(()) => Ok(leg),
-                Err(refusal) => Err((refusal, format!("{} for {}", leg.identity.client_id, leg.identity.target))),
-            });
-            match judged {
-                Ok(AcceptedLeg { stream, identity, credentials }) => {
+            match handshake.run(admit(&acceptor, &publisher, tcp, legs)).await {
+                Ok(Ok((AcceptedLeg { stream, identity, credentials }, place))) => {
                     let peer = PeerLeg { identity, credentials };
                     // Fails only when the server has stopped.
                     let _ = accepted.send(Ok(Connection { stream, peer, _place: place })).await;
                 }
-                Err((refusal, detail)) => {
-                    publisher.refusals.inc(refusal);
-                    tracing::warn!(%address, reason = refusal.code(), detail, "a leg of peer sync is refused");
-                }
+                Ok(Err((refusal, detail))) => refused(&publisher, address, refusal, &detail),
+                Err(displaced) => refused(&publisher, address, Refusal::Overloaded, &displaced.to_string()),
             }
         });
     }
+}
+
+async fn admit(
+    acceptor: &Acceptor,
+    publisher: &Publisher,
+    tcp: TcpStream,
+    legs: Arc<Semaphore>,
+) -> Result<(AcceptedLeg, OwnedSemaphorePermit), (Refusal, String)> {
+    let leg = acceptor.accept(tcp).await.map_err(|error| (error.refusal, error.detail))?;
+    let refused = |refusal| (refusal, format!("{} for {}", leg.identity.client_id, leg.identity.target));
+    publisher.authorize(&leg.identity).map_err(refused)?;
+    let place = legs.try_acquire_owned().map_err(|_| refused(Refusal::Overloaded))?;
+    Ok((leg, place))
+}
+
+fn refused(publisher: &Publisher, address: SocketAddr, refusal: Refusal, detail: &str) {
+    publisher.refusals.inc(refusal);
+    tracing::warn!(%address, reason = refusal.code(), detail, "a leg of peer sync is refused");
 }
 
 /// Who is at the other end of a leg, in the extensions of each request.
@@ -141,7 +152,7 @@ struct PeerLeg {
 struct Connection {
     stream: TlsStream<TcpStream>,
     peer: PeerLeg,
-    _place: tokio::sync::OwnedSemaphorePermit,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Connected for Connection {

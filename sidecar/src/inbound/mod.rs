@@ -26,12 +26,13 @@ use tombolo_core::authz::{self, Client, Delivered};
 use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::refusal::Refusal;
 use tombolo_leg::Alpn;
-use tombolo_leg::accept::{AcceptedLeg, Acceptor, LegIdentity};
+use tombolo_leg::accept::{AcceptError, AcceptedLeg, Acceptor, LegIdentity};
 use tombolo_leg::discovery::{InboundGrants, SidecarDiscovery, Welcome};
 use tombolo_leg::http::{HttpLimits, Serve, serve};
 use tombolo_runtime::drain::DrainWatch;
 use tombolo_runtime::process::Process;
 use tombolo_runtime::telemetry::Tracer;
+use tombolo_trust::handshakes::{Displaced, Handshakes, Place};
 use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 
@@ -39,8 +40,10 @@ use crate::config::ServiceConfig;
 use app::App;
 use observe::{Counted, Observed};
 
-/// Legs at once, those in their handshake included.
+/// Legs at once whose clients are verified; above it, accepting waits.
 pub const LEGS_MAX: usize = 16_384;
+/// Handshakes at once; above it, the oldest makes room.
+pub const HANDSHAKES_MAX: usize = 1_024;
 /// Pause after `accept` failed, which it does when the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -139,8 +142,11 @@ impl Inbound {
         })
     }
 
-    async fn leg(self: Arc<Self>, tcp: TcpStream, drain: CancellationToken) {
-        let leg = match self.acceptor.accept(tcp).await {
+    async fn leg(self: Arc<Self>, tcp: TcpStream, place: Place, drain: CancellationToken) {
+        let accepted = place.run(self.acceptor.accept(tcp)).await;
+        let displaced =
+            |displaced: Displaced| AcceptError { refusal: Refusal::Overloaded, detail: displaced.to_string() };
+        let leg = match accepted.map_err(displaced).flatten() {
             Ok(leg) => leg,
             Err(error) => {
                 self.observed.refused(error.refusal);
@@ -181,6 +187,7 @@ impl Inbound {
 /// finish their requests.
 pub async fn run(listener: TcpListener, inbound: Arc<Inbound>) {
     let drain = CancellationToken::new();
+    let handshakes = Handshakes::new(HANDSHAKES_MAX);
     let accepting = async {
         loop {
             let permit = inbound.legs.clone().acquire_owned().await.expect("the semaphore is never closed");
@@ -192,7 +199,7 @@ pub async fn run(listener: TcpListener, inbound: Arc<Inbound>) {
                     continue;
                 }
             };
-            let leg = inbound.clone().leg(tcp, drain.clone());
+            let leg = inbound.clone().leg(tcp, handshakes.begin(), drain.clone());
             tokio::spawn(async move {
                 leg.await;
                 drop(permit);
