@@ -12,6 +12,33 @@ const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
+/// Begins the names that only tombolo itself writes into a request or a response.
+const OWN_PREFIX: &str = "tombolo-";
+
+/// Removes what only tombolo may say: fields named `tombolo-*`, and who the caller is. The latter also as
+/// `X_Forwarded_Client_Cert`, since many applications (CGI, WSGI) can't tell the two apart.
+pub fn strip_own(headers: &mut HeaderMap) {
+    strip_own_but(headers, None);
+}
+
+/// As [`strip_own`], but for one field.
+pub fn strip_own_but(headers: &mut HeaderMap, kept: Option<&HeaderName>) {
+    let own = |name: &HeaderName| {
+        let text = name.as_str();
+        kept != Some(name) && (text.starts_with(OWN_PREFIX) || is_client_cert(text))
+    };
+    // Most have none, and then nothing is allocated.
+    let found: Vec<HeaderName> = headers.keys().filter(|name| own(name)).cloned().collect();
+    for name in &found {
+        headers.remove(name);
+    }
+}
+
+fn is_client_cert(name: &str) -> bool {
+    let same = |(one, other): (u8, u8)| one == other || (one == b'_' && other == b'-');
+    name.len() == CLIENT_CERT.as_str().len() && name.bytes().zip(CLIENT_CERT.as_str().bytes()).all(same)
+}
+
 /// A request that can't be carried.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadRequest {
@@ -173,6 +200,35 @@ mod tests {
         let mut connect = request(Request::connect("web.shop:443").header("host", "web.shop:443"));
         to_leg(&mut connect).unwrap();
         assert_eq!(connect.uri, "web.shop:443");
+    }
+
+    #[test]
+    fn what_only_tombolo_may_say_is_dropped() {
+        let mut headers = HeaderMap::new();
+        for name in [
+            "x-forwarded-client-cert",
+            "x_forwarded_client_cert",
+            "x-forwarded_client-cert",
+            "tombolo-refusal",
+            "tombolo-explain",
+            "tombolo-anything",
+            "x-forwarded-for",
+            "tombolo",
+            "x-tombolo-a",
+        ] {
+            headers.append(name.parse::<HeaderName>().unwrap(), HeaderValue::from_static("1"));
+            headers.append(name.parse::<HeaderName>().unwrap(), HeaderValue::from_static("2"));
+        }
+        let kept: HeaderName = "tombolo-refusal".parse().unwrap();
+        strip_own_but(&mut headers, Some(&kept));
+        let names = |headers: &HeaderMap| {
+            let mut names: Vec<String> = headers.keys().map(|name| name.to_string()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&headers), ["tombolo", "tombolo-refusal", "x-forwarded-for", "x-tombolo-a"]);
+        strip_own(&mut headers);
+        assert_eq!(names(&headers), ["tombolo", "x-forwarded-for", "x-tombolo-a"]);
     }
 
     #[test]

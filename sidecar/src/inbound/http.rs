@@ -125,6 +125,7 @@ async fn forward(
 ) -> Result<Response<AppBody>, Failed> {
     let own = inbound.svid.current().map(|svid| svid.id.clone());
     let own = own.ok_or(Failed::App(AppError::NeverReached(Refusal::NoCertificate)))?;
+    headers::strip_own(request.headers_mut());
     request.headers_mut().insert(headers::CLIENT_CERT, client_cert(&own, &leg.client_id));
     if let Some(context) = span.context().filter(|_| span.is_recording()) {
         let value = HeaderValue::from_str(&context.to_string()).expect("hex digits and dashes");
@@ -143,6 +144,8 @@ async fn forward(
         send_http1(app, request).await?
     };
     headers::strip_hop_by_hop(response.headers_mut());
+    // The caller takes them for the word of this sidecar.
+    headers::strip_own(response.headers_mut());
     *response.version_mut() = Version::HTTP_2;
     Ok(response)
 }

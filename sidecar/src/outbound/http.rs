@@ -119,6 +119,8 @@ impl Outbound {
             self.try_all(&route, &outgoing, span.context()).await.inspect_err(|refused| span.error(refused))?;
         describe(&mut span, &answered);
         let Answered { mut response, flight, leg, pick, tries } = answered;
+        // Of what the far side says in tombolo's name only a refusal counts here.
+        headers::strip_own_but(response.headers_mut(), Some(&REFUSAL));
         if explained {
             explain::explain(response.headers_mut(), &flight.target, &leg, pick, tries);
         }
