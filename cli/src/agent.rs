@@ -21,7 +21,7 @@ use tombolo_runtime::telemetry::TelemetryConfig;
 use crate::args::StartRole;
 use crate::operator::client;
 use crate::operator::join::write_token;
-use crate::role::{RoleConfig, configuration, until_drained};
+use crate::role::{RoleConfig, configuration, raise_file_limit, until_drained};
 
 /// How long the federation may take until the other roles can join it.
 const FEDERATION_START_MAX: Duration = Duration::from_secs(30);
@@ -106,6 +106,7 @@ pub fn run(start: StartRole) -> anyhow::Result<()> {
         return Ok(());
     }
     logging::init(&config.log)?;
+    raise_file_limit();
     tombolo_runtime::block_on(start.workers, async move {
         let (trigger, watch) = drain();
         let signals = tokio::spawn(trigger.drain_on_signal(config.drain_deadline));
@@ -160,7 +161,7 @@ async fn join(federation: &Path, role: &Path, request: JoinAddRequest) -> anyhow
     if tombolo_trust::identity::has_identity(role) {
         return Ok(());
     }
-    std::fs::create_dir_all(role).with_context(|| format!("making {}", role.display()))?;
+    tombolo_trust::atomic::create_private_dir(role).with_context(|| format!("making {}", role.display()))?;
     let mut operator = client::connect(federation).await?;
     let answer = operator.join_add(request).await.map_err(client::refused)?.into_inner();
     write_token(&role.join("join"), &answer.token)

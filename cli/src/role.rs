@@ -83,6 +83,7 @@ where
         return Ok(());
     }
     logging::init(config.log())?;
+    raise_file_limit();
     tombolo_runtime::block_on(start.workers, async move {
         let deadline = config.drain_deadline();
         let (trigger, watch) = drain();
@@ -154,6 +155,17 @@ fn set(document: &mut Value, path: &str, value: &str) -> anyhow::Result<()> {
     // `500` is a number, `[a, b]` a list; what is none of these is text.
     *at = serde_saphyr::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
     Ok(())
+}
+
+/// Each connection takes a file descriptor, and the usual soft limit of 1,024 is below every limit of our own: it is
+/// raised to what the system grants.
+pub fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    if soft < hard {
+        // Where it fails the soft limit stays; a listener that reaches it says so.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 /// Ends this process when its parent ends, so that a test or demo that crashes leaves nothing behind.

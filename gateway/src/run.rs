@@ -15,6 +15,7 @@ use tombolo_leg::discovery::{Federation, GatewayDiscovery, GatewayHello, Peering
 use tombolo_runtime::admin::Admin;
 use tombolo_runtime::process::{Process, announce, withdraw};
 use tombolo_runtime::readiness::Condition;
+use tombolo_trust::atomic;
 use tombolo_trust::identity::{self, IdentityConfig};
 use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
@@ -72,7 +73,7 @@ type Shown = Arc<OnceLock<Arc<Gateway>>>;
 
 /// Runs a gateway until it has drained.
 pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
-    std::fs::create_dir_all(&config.state)
+    atomic::create_private_dir(&config.state)
         .with_context(|| format!("can't make the state directory {}", config.state.display()))?;
     let identity_ready = process.readiness.condition("identity", "no SVID from the federation yet");
     let snapshot_ready = process.readiness.condition("discovery", "no snapshot from the federation yet");

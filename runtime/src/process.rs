@@ -72,7 +72,9 @@ pub fn announce(state: &Path, role: &str, addresses: &BTreeMap<&str, SocketAddr>
         version: env!("CARGO_PKG_VERSION").to_owned(),
         addresses: addresses.iter().map(|(name, address)| ((*name).to_owned(), *address)).collect(),
     };
-    let mut file = tempfile::NamedTempFile::new_in(state)?;
+    // Named as the temporary files that a process clears away when it starts in this directory.
+    let (prefix, suffix) = (format!(".{role}.json."), ".tmp");
+    let mut file = tempfile::Builder::new().prefix(&prefix).suffix(suffix).rand_bytes(16).tempfile_in(state)?;
     serde_json::to_writer_pretty(&mut file, &announcement)?;
     file.write_all(b"\n")?;
     file.persist(announcement_path(state, role))?;

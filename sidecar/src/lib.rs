@@ -21,6 +21,7 @@ use tombolo_leg::discovery::{Federation, SidecarDiscovery};
 use tombolo_runtime::admin::Admin;
 use tombolo_runtime::process::{self, Process};
 use tombolo_runtime::readiness::Readiness;
+use tombolo_trust::atomic;
 use tombolo_trust::identity::{self, IdentityConfig};
 use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
@@ -37,6 +38,8 @@ pub const ROLE: &str = "sidecar";
 
 /// Runs a sidecar until it has drained.
 pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
+    atomic::create_private_dir(&config.state)
+        .with_context(|| format!("can't make the state directory {}", config.state.display()))?;
     let (svid, trust) = identity::start(IdentityConfig {
         federation: config.federation.address.clone(),
         ca: config.federation.ca.clone(),

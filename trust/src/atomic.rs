@@ -32,10 +32,10 @@ pub fn create_private_dir(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether [`write()`] makes such names: `.<name>.<16 hexadecimal digits>.tmp`.
+/// Whether [`write()`] or an announcement in progress has such a name: `.<name>.<16 letters and digits>.tmp`.
 fn is_temporary(name: &str) -> bool {
     let Some((head, random)) = name.strip_suffix(".tmp").and_then(|rest| rest.rsplit_once('.')) else { return false };
-    head.starts_with('.') && random.len() == 16 && random.bytes().all(|digit| digit.is_ascii_hexdigit())
+    head.starts_with('.') && random.len() == 16 && random.bytes().all(|digit| digit.is_ascii_alphanumeric())
 }
 
 fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {

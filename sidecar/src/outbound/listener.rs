@@ -62,6 +62,7 @@ pub async fn run(outbound: Arc<Outbound>, listener: TcpListener, fixed: Option<S
 }
 
 async fn serve(outbound: &Arc<Outbound>, connection: TcpStream, caller: Caller) {
+    let address = caller.address;
     // Fails only on a socket that is gone already.
     let _ = connection.set_nodelay(true);
     if let Some(fixed) = &caller.fixed {
@@ -81,11 +82,13 @@ async fn serve(outbound: &Arc<Outbound>, connection: TcpStream, caller: Caller) 
         Ok(false) => http1(outbound, connection, caller).await,
         Err(_) => return,
     };
-    if let Err(error) = result {
-        if error.is_parse() || error.is_parse_too_large() {
+    match result {
+        Err(error) if error.is_parse() => {
             outbound.observed.refused(Refusal::BadRequest);
+            tracing::debug!(caller = %address, refusal = Refusal::BadRequest.code(), %error, "request refused");
         }
-        tracing::debug!(%error, "a connection of the application ended");
+        Err(error) => tracing::debug!(caller = %address, %error, "a connection of the application ended"),
+        Ok(()) => {}
     }
 }
 
