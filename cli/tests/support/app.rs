@@ -94,3 +94,19 @@ pub async fn banner(banner: &'static str) -> App {
     };
     App { address, task: tokio::spawn(serve).abort_handle() }
 }
+
+/// TCP that never stops sending.
+pub async fn flood() -> App {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serve = async move {
+        let mut connections = tokio::task::JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let chunk = vec![7; 64 * 1024];
+                while stream.write_all(&chunk).await.is_ok() {}
+            });
+        }
+    };
+    App { address, task: tokio::spawn(serve).abort_handle() }
+}
