@@ -22,7 +22,7 @@ pub struct LocalState {
     /// Grants written as resources; for a peer named here they replace those given at the invitation.
     pub peers: BTreeMap<ClusterId, Authority>,
     /// Peerings that are made by a resource alone, with the peer's bundle in it.
-    pub declared_peers: BTreeMap<ClusterId, declared::DeclaredPeer>,
+    pub declared_peers: BTreeMap<ClusterId, (declared::Place, declared::DeclaredPeer)>,
     /// What could not be read; the last good reading of it stays in force.
     pub problems: Vec<SourceProblem>,
 }

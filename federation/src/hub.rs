@@ -22,7 +22,7 @@ use tombolo_core::id::{ClusterId, GatewayId, InstanceName, Position, ServiceName
 use tombolo_core::import::Import;
 use tombolo_core::model::{Authority, GatewayAddress};
 use tombolo_core::publish::{LOG_COST_MAX, Update};
-use tombolo_core::source::LocalState;
+use tombolo_core::source::{LocalState, SourceProblem};
 use tombolo_runtime::metrics::Metrics;
 use tombolo_trust::bundle::Bundle;
 use tombolo_trust::store::TrustStore;
@@ -154,6 +154,7 @@ enum Input {
     LocalChanged(LocalState),
     PeerAdded(Box<PeerRecord>, Box<Import>, oneshot::Sender<()>),
     PeerRemoved(ClusterId, oneshot::Sender<()>),
+    DeclaredRefused(Vec<SourceProblem>),
     OwnBundleChanged(Bundle),
     OwnRevoked { sequence: u64, ids: BTreeSet<SpiffeId>, done: oneshot::Sender<()> },
     Command(GatewayId, PeeringCommand, oneshot::Sender<Result<(), CommandRefused>>),
@@ -201,6 +202,11 @@ impl HubHandle {
         self.ask(|done| Input::PeerRemoved(cluster.clone(), done)).await?;
         durable::remove(&self.store, &cluster).await;
         Ok(())
+    }
+
+    /// Peers that the source declares and that are not made, with the reason of each; all of them.
+    pub async fn declared_refused(&self, problems: Vec<SourceProblem>) -> Result<(), HubGone> {
+        self.send(Input::DeclaredRefused(problems)).await
     }
 
     /// The own CA publishes another bundle (`trust add-root`); pushed to gateways, sidecars and peers.

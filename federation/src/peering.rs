@@ -15,13 +15,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tombolo_api::proto::catalog;
 use tombolo_core::id::{ClusterId, GatewayId, TrustDomain};
 use tombolo_core::invitation::{
     ADDRESSES_MAX, Bindings, CreateError, InvitationId, Refused, Seed, Token, TokenError, is_address,
 };
 use tombolo_core::model::{Authority, GatewayAddress};
+use tombolo_core::source::SourceProblem;
 use tombolo_trust::ca::CertificateAuthority;
 use tombolo_trust::peering as proof;
 
@@ -51,6 +52,8 @@ pub trait Relay: Send + Sync + 'static {
     async fn command(&self, gateway: GatewayId, command: PeeringCommand) -> Result<(), CommandRefused>;
     async fn peer_added(&self, record: PeerRecord) -> Result<(), HubGone>;
     async fn peer_removed(&self, cluster: ClusterId) -> Result<(), HubGone>;
+    /// The declared peers that are not made, and why; replaces what was said before.
+    async fn declared_refused(&self, problems: Vec<SourceProblem>) -> Result<(), HubGone>;
 }
 
 #[tonic::async_trait]
@@ -75,6 +78,10 @@ impl Relay for HubHandle {
 
     async fn peer_removed(&self, cluster: ClusterId) -> Result<(), HubGone> {
         HubHandle::peer_removed(self, cluster).await
+    }
+
+    async fn declared_refused(&self, problems: Vec<SourceProblem>) -> Result<(), HubGone> {
+        HubHandle::declared_refused(self, problems).await
     }
 }
 
@@ -154,6 +161,8 @@ struct Shared {
     attempts: Mutex<BTreeMap<String, mpsc::Sender<PeeringEvent>>>,
     /// Peers that a resource of the source makes.
     declared: Mutex<BTreeMap<ClusterId, PeerRecord>>,
+    /// Peers were stored or removed: what is declared is to be judged again.
+    bindings_changed: Notify,
     knocks: Arc<Semaphore>,
     /// Refused knocks by the code of their reason, for metrics.
     on_refused: Box<dyn Fn(&'static str) + Send + Sync>,
@@ -181,6 +190,7 @@ impl Peering {
             relay,
             attempts: Mutex::default(),
             declared: Mutex::default(),
+            bindings_changed: Notify::new(),
             knocks: Arc::new(Semaphore::new(KNOCKS_MAX)),
             on_refused,
         };
@@ -247,7 +257,9 @@ impl Peering {
             });
         }
         tracing::info!(%cluster, "removed a peer");
-        Ok(self.shared.relay.peer_removed(cluster).await?)
+        self.shared.relay.peer_removed(cluster).await?;
+        self.shared.bindings_changed.notify_one();
+        Ok(())
     }
 
     fn handle(&self, event: PeeringEvent) {

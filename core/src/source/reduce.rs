@@ -55,11 +55,11 @@ pub fn reduce(mut objects: Vec<Declared>, problems: Vec<SourceProblem>, around: 
     let peers = reduction.peers(&sorted);
     LocalState {
         services,
-        peers: peers.iter().map(|peer| (peer.cluster.clone(), peer.authority.clone())).collect(),
+        peers: peers.iter().map(|(_, peer)| (peer.cluster.clone(), peer.authority.clone())).collect(),
         declared_peers: peers
             .into_iter()
-            .filter(|peer| peer.bundle.is_some())
-            .map(|peer| (peer.cluster.clone(), peer))
+            .filter(|(_, peer)| peer.bundle.is_some())
+            .map(|(place, peer)| (peer.cluster.clone(), (place, peer)))
             .collect(),
         problems: bounded(reduction.problems),
     }
@@ -241,7 +241,7 @@ impl Reduction<'_> {
         self.report(place, reason);
     }
 
-    fn peers(&mut self, sorted: &Sorted<'_>) -> Vec<DeclaredPeer> {
+    fn peers(&mut self, sorted: &Sorted<'_>) -> Vec<(Place, DeclaredPeer)> {
         let mut domains: BTreeMap<&TrustDomain, &ClusterId> = BTreeMap::new();
         let mut peers = Vec::new();
         for (cluster, (place, peer)) in &sorted.peers {
@@ -265,7 +265,7 @@ impl Reduction<'_> {
                 self.report(place, reason);
                 continue;
             }
-            peers.push((*peer).clone());
+            peers.push(((*place).clone(), (*peer).clone()));
         }
         peers
     }

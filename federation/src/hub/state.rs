@@ -10,7 +10,7 @@ use tombolo_core::id::{ClusterId, GatewayId, SpiffeId, TrustDomain};
 use tombolo_core::model::GatewayAddress;
 use tombolo_core::publish::{Published, Revocations};
 use tombolo_core::registration;
-use tombolo_core::source::LocalState;
+use tombolo_core::source::{LocalState, SourceProblem};
 use tombolo_runtime::metrics::prometheus_client::metrics::counter::Counter;
 use tombolo_trust::bundle::Bundle;
 use tombolo_trust::store::{ClusterBundle, TrustStore};
@@ -75,6 +75,8 @@ pub(super) struct State {
     pub(super) bundle: Bundle,
     pub(super) revocations: Arc<Revocations>,
     pub(super) local: LocalState,
+    /// Declared peers that are not made.
+    declared_refused: Vec<SourceProblem>,
     pub(super) catalog: Catalog,
     pub(super) peers: BTreeMap<ClusterId, Peer>,
     pub(super) dirty: Dirty,
@@ -118,6 +120,7 @@ impl State {
             bundle,
             revocations: Arc::default(),
             local: LocalState::default(),
+            declared_refused: Vec::new(),
             peers: BTreeMap::new(),
             dirty: Dirty { trust: true, view: true, ..Dirty::default() },
             revision_floor: 0,
@@ -178,6 +181,7 @@ impl State {
                 self.handle_peer_removed(&cluster);
                 self.answers.push(done);
             }
+            Input::DeclaredRefused(problems) => self.handle_declared_refused(problems),
             Input::OwnBundleChanged(bundle) => self.handle_own_bundle(bundle),
             Input::OwnRevoked { sequence, ids, done } => {
                 self.handle_own_revoked(Revocations { sequence, ids });
@@ -276,6 +280,20 @@ impl State {
         self.local = local;
         self.dirty.local = true;
         self.commit_authorities();
+    }
+
+    fn handle_declared_refused(&mut self, problems: Vec<SourceProblem>) {
+        for problem in problems.iter().filter(|problem| !self.declared_refused.contains(problem)) {
+            tracing::warn!(file = %problem.file, line = problem.line, reason = %problem.reason, "source");
+        }
+        self.declared_refused = problems;
+        self.dirty.view = true;
+    }
+
+    fn problems(&self) -> Vec<SourceProblem> {
+        let mut problems = [self.local.problems.as_slice(), &self.declared_refused].concat();
+        problems.sort();
+        problems
     }
 
     fn handle_own_bundle(&mut self, bundle: Bundle) {
@@ -405,7 +423,7 @@ impl State {
             bundles: kept(bundles.collect()),
             revoked,
             revocation_sequence: self.revocations.sequence,
-            problems: Arc::new(self.local.problems.clone()),
+            problems: Arc::new(self.problems()),
             ..(**before).clone()
         }
     }

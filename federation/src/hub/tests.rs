@@ -170,3 +170,16 @@ fn a_peer_that_comes_back_never_sees_a_revision_twice() {
     assert!(published(&subject).revision > before.revision);
     assert_eq!(published(&subject).epoch, before.epoch);
 }
+
+#[test]
+fn declared_peers_that_are_not_made_are_shown_beside_other_problems() {
+    let mut subject = Subject::new();
+    let problem = |file: &str| SourceProblem { file: file.into(), line: 3, reason: "no".into() };
+    let shown =
+        |subject: &Subject| subject.state.view().problems.iter().map(|one| one.file.clone()).collect::<Vec<_>>();
+    subject.input(Input::DeclaredRefused(vec![problem("b.yaml")]));
+    subject.input(Input::LocalChanged(LocalState { problems: vec![problem("a.yaml")], ..LocalState::default() }));
+    assert_eq!(shown(&subject), ["a.yaml", "b.yaml"]);
+    subject.input(Input::DeclaredRefused(vec![]));
+    assert_eq!(shown(&subject), ["a.yaml"]);
+}

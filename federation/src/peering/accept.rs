@@ -84,6 +84,7 @@ impl Peering {
         bound.await??;
         tracing::info!(cluster = %accepted.cluster, trust_domain = %accepted.trust_domain, "accepted an invitation");
         self.shared.relay.peer_added(record).await?;
+        self.shared.bindings_changed.notify_one();
         Ok(accepted)
     }
 

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use tombolo_core::id::ClusterId;
+use tombolo_core::id::{ClusterId, TrustDomain};
 use tombolo_core::model::GatewayAddress;
-use tombolo_core::source::LocalState;
-use tombolo_core::source::declared::DeclaredPeer;
-use tombolo_trust::bundle::Bundle;
+use tombolo_core::source::declared::{DeclaredPeer, Place};
+use tombolo_core::source::{LocalState, SourceProblem};
+use tombolo_trust::bundle::{Bundle, InvalidBundle};
 
 use super::{Peering, PeeringError};
 use crate::hub::PeerRecord;
@@ -21,32 +21,32 @@ pub async fn follow_declared(peering: Peering, source: SourceHandle) {
         if let Err(error) = peering.apply_declared(&current).await {
             tracing::error!(%error, "a declared peering can't be applied");
         }
-        if state.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = state.changed() => if changed.is_err() { return },
+            () = peering.shared.bindings_changed.notified() => {}
         }
     }
+}
+
+/// What is declared and not made, for the operator who wrote it.
+fn refused(place: &Place, reason: String) -> SourceProblem {
+    SourceProblem { file: place.file.to_string(), line: place.line, reason }
 }
 
 impl Peering {
     /// Replaces the declared peers by those of `state`.
     pub async fn apply_declared(&self, state: &LocalState) -> Result<(), PeeringError> {
         let bound = self.shared.store.peering().bindings();
-        let mut wanted = BTreeMap::new();
-        for (cluster, peer) in &state.declared_peers {
-            if bound.contains_key(cluster) {
+        let (mut wanted, mut problems) = (BTreeMap::new(), Vec::new());
+        for (cluster, (place, peer)) in &state.declared_peers {
+            match judge(peer, &bound) {
+                Ok(Some(record)) => _ = wanted.insert(cluster.clone(), record),
                 // The resource's grants are in force; the bundle is that of the peering.
-                tracing::debug!(%cluster, "declared, and peered by an invitation already");
-                continue;
-            }
-            match record_of(peer) {
-                Some(record) if bound.values().any(|domain| *domain == record.trust_domain) => {
-                    tracing::warn!(%cluster, trust_domain = %record.trust_domain,
-                        "ClusterPeer claims a trust domain that is bound to another peer; remove that peer first");
-                }
-                Some(record) => _ = wanted.insert(cluster.clone(), record),
-                None => tracing::warn!(%cluster, "ClusterPeer has no valid bundle"),
+                Ok(None) => tracing::debug!(%cluster, "declared, and peered by an invitation already"),
+                Err(reason) => problems.push(refused(place, format!("ClusterPeer {cluster} {reason}"))),
             }
         }
+        self.shared.relay.declared_refused(problems).await?;
         let clusters = wanted.keys().cloned().collect();
         let stored =
             self.shared.store.off_thread(move |store| store.change_peering(|state| state.set_declared(clusters)));
@@ -72,17 +72,40 @@ impl Peering {
     }
 }
 
-fn record_of(peer: &DeclaredPeer) -> Option<PeerRecord> {
-    let (declared, trust_domain) = (peer.bundle.as_ref()?, peer.trust_domain.clone()?);
-    let read = Bundle::from_pem(declared.roots_pem.as_bytes()).ok()?;
-    let bundle =
-        Bundle::new(trust_domain.clone(), declared.sequence.max(read.sequence()), read.roots().to_vec()).ok()?;
+/// The peer that a resource makes beside those that are bound by invitations; none where it is one of them.
+fn judge(peer: &DeclaredPeer, bound: &BTreeMap<ClusterId, TrustDomain>) -> Result<Option<PeerRecord>, String> {
+    if let Some(domain) = bound.get(&peer.cluster) {
+        return match &peer.trust_domain {
+            Some(declared) if declared != domain => Err(format!(
+                "claims trust domain {declared}, but the cluster was peered by an invitation and is bound to \
+                 {domain}; run `tombolo peer remove {}` first",
+                peer.cluster
+            )),
+            _ => Ok(None),
+        };
+    }
+    let record = record_of(peer)?;
+    match bound.iter().find(|(_, domain)| **domain == record.trust_domain) {
+        Some((other, domain)) => Err(format!(
+            "claims trust domain {domain}, which is bound to peer {other}; run `tombolo peer remove {other}` first"
+        )),
+        None => Ok(Some(record)),
+    }
+}
+
+fn record_of(peer: &DeclaredPeer) -> Result<PeerRecord, String> {
+    let declared = peer.bundle.as_ref().ok_or("has no bundle")?;
+    let trust_domain = peer.trust_domain.clone().ok_or("names no trust domain, which one with a bundle must")?;
+    let invalid = |error: InvalidBundle| format!("has a bundle that is refused: {error}");
+    let read = Bundle::from_pem(declared.roots_pem.as_bytes()).map_err(invalid)?;
+    let sequence = declared.sequence.max(read.sequence());
+    let bundle = Bundle::new(trust_domain.clone(), sequence, read.roots().to_vec()).map_err(invalid)?;
     // Their true ids come with the first sync.
     let gateways = peer.gateways.iter().zip(1..).map(|(address, n)| GatewayAddress {
         gateway: format!("declared-{n}").parse().expect("a constant valid label with a number"),
         address: address.clone(),
     });
-    Some(PeerRecord {
+    Ok(PeerRecord {
         cluster: peer.cluster.clone(),
         trust_domain,
         authority: peer.authority.clone(),

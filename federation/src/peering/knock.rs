@@ -92,6 +92,7 @@ impl Peering {
             tracing::info!(cluster = %record.cluster, trust_domain = %record.trust_domain, "an invitation was redeemed");
             let gone = |_| no("busy", "the inviting federation is stopping; try again");
             self.shared.relay.peer_added(record).await.map_err(gone)?;
+            self.shared.bindings_changed.notify_one();
         }
         self.answer(pinned, &exporter, &offer)
     }

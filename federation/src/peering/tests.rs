@@ -5,7 +5,7 @@ use tombolo_api::proto::peering::{AcceptedBody, Answer, Offer, OfferBody};
 use tombolo_core::id::SpiffeId;
 use tombolo_core::model::ServiceSelector;
 use tombolo_core::source::LocalState;
-use tombolo_core::source::declared::{DeclaredBundle, DeclaredPeer};
+use tombolo_core::source::declared::{DeclaredBundle, DeclaredPeer, Place};
 use tombolo_trust::key::IdentityKey;
 
 use super::*;
@@ -153,6 +153,7 @@ struct FakeRelay {
     network: Arc<Network>,
     gateways: Arc<Mutex<Vec<RelayGateway>>>,
     peers: Arc<Mutex<BTreeMap<ClusterId, PeerRecord>>>,
+    problems: Arc<Mutex<Vec<SourceProblem>>>,
 }
 
 #[tonic::async_trait]
@@ -179,6 +180,11 @@ impl Relay for FakeRelay {
 
     async fn peer_removed(&self, cluster: ClusterId) -> Result<(), HubGone> {
         self.peers.lock().unwrap().remove(&cluster);
+        Ok(())
+    }
+
+    async fn declared_refused(&self, problems: Vec<SourceProblem>) -> Result<(), HubGone> {
+        *self.problems.lock().unwrap() = problems;
         Ok(())
     }
 }
@@ -216,6 +222,7 @@ impl Cluster {
             network: network.clone(),
             gateways: Arc::new(Mutex::new(vec![gateway])),
             peers: Arc::default(),
+            problems: Arc::default(),
         };
         let refusals = Arc::default();
         let peering = start(&state, &ca, &relay, &refusals).await;
@@ -458,6 +465,56 @@ async fn what_is_missing_is_named() {
     assert!(error.contains("check that UDP to one of east.example:15443 gets through"), "{error}");
 }
 
+fn declares(peer: DeclaredPeer) -> LocalState {
+    let place = Place { file: "peers.yaml".into(), line: 7 };
+    LocalState { declared_peers: [(peer.cluster.clone(), (place, peer))].into(), ..LocalState::default() }
+}
+
+#[tokio::test]
+async fn a_declared_peer_that_is_not_made_is_a_problem_until_the_cause_is_gone() {
+    let (network, east, west) = east_and_west().await;
+    let north = Cluster::with_domain("north", "west.tombolo", &network).await;
+    west.peering.accept(&east.invite().await, grants("data")).await.unwrap();
+    let bundle = |ca: &CertificateAuthority| DeclaredBundle { sequence: 1, roots_pem: ca.bundle().to_pem() };
+    let peer = |cluster: &str, domain: &str, bundle| DeclaredPeer {
+        cluster: cluster.parse().unwrap(),
+        trust_domain: Some(domain.parse().unwrap()),
+        authority: grants("shop"),
+        bundle: Some(bundle),
+        gateways: vec!["north.example:15443".into()],
+    };
+    let twin = peer("north", "west.tombolo", bundle(&north.ca));
+    let taken = "ClusterPeer north claims trust domain west.tombolo, which is bound to peer west";
+    for (peer, want) in [
+        (twin.clone(), taken),
+        (peer("west", "north.tombolo", bundle(&north.ca)), "ClusterPeer west claims trust domain north.tombolo, but"),
+        (
+            peer("north", "north.tombolo", bundle(&north.ca)),
+            "ClusterPeer north has a bundle that is refused: a root belongs",
+        ),
+        (peer("west", "west.tombolo", bundle(&west.ca)), ""),
+    ] {
+        east.peering.apply_declared(&declares(peer)).await.unwrap();
+        let problems = east.relay.problems.lock().unwrap().clone();
+        assert_eq!(problems.len(), usize::from(!want.is_empty()), "{problems:?}");
+        for problem in problems {
+            assert!(
+                (problem.file.as_str(), problem.line) == ("peers.yaml", 7) && problem.reason.starts_with(want),
+                "{problem:?}"
+            );
+        }
+        assert_eq!(east.peers(), ["west"]);
+    }
+    // Whoever was in the way goes: what is declared is judged again.
+    east.peering.apply_declared(&declares(twin.clone())).await.unwrap();
+    let again = east.peering.shared.bindings_changed.notified();
+    east.peering.remove("west".parse().unwrap()).await.unwrap();
+    timeout(DEADLINE, again).await.unwrap();
+    east.peering.apply_declared(&declares(twin)).await.unwrap();
+    assert!(east.relay.problems.lock().unwrap().is_empty());
+    assert!(east.relay.peers.lock().unwrap().contains_key("north"));
+}
+
 #[tokio::test]
 async fn a_resource_with_a_bundle_peers_and_its_removal_ends_that() {
     let (_network, east, west) = east_and_west().await;
@@ -469,7 +526,7 @@ async fn a_resource_with_a_bundle_peers_and_its_removal_ends_that() {
         bundle: Some(bundle),
         gateways: vec!["west.example:15443".into()],
     };
-    let state = LocalState { declared_peers: [(peer.cluster.clone(), peer)].into(), ..LocalState::default() };
+    let state = declares(peer);
     east.peering.apply_declared(&state).await.unwrap();
     let record = east.relay.peers.lock().unwrap()["west"].clone();
     assert_eq!((record.bundle.sequence, record.gateways[0].address.as_str()), (4, "west.example:15443"));
