@@ -29,6 +29,8 @@ fn every_command_explains_itself() {
         &["status", "--help"],
         &["join", "add", "--help"],
         &["trust", "add-root", "--help"],
+        &["trust", "revoke", "--help"],
+        &["trust", "unrevoke", "--help"],
         &["demo", "--help"],
     ] {
         let output = tombolo(command);

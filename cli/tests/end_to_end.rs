@@ -5,10 +5,10 @@
 mod support;
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
-use support::{World, app, curl, curl_until, in_sync, link, python, serve, start_caller, until};
+use support::{World, app, curl, curl_until, get, in_sync, link, python, serve, start_caller, until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::Command;
@@ -102,6 +102,82 @@ async fn a_killed_role_comes_back_with_its_state_and_traffic_resumes() {
     }
     in_sync(&east, "west").await;
     in_sync(&west, "east").await;
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
+async fn restarts_while_the_federations_are_away_go_on_with_what_was_last_told() {
+    let world = World::new().await;
+    let (mut east, mut west, proxy, _web) = crossing(&world).await;
+    curl_until(proxy, WEB, "web-in-west").await;
+    // What is told is written within a second.
+    let crossed = SystemTime::now() + Duration::from_millis(1200);
+    for (cluster, role) in [(&east, "frontend"), (&east, "gw"), (&west, "gw"), (&west, "web")] {
+        let kept = cluster.dir().join(role).join("last-told");
+        until("what was told to be kept", async || (kept.exists() && SystemTime::now() > crossed).then_some(())).await;
+    }
+    east.kill("federation").await.unwrap();
+    west.kill("federation").await.unwrap();
+    let mut admins = Vec::new();
+    for role in ["gw", "frontend"] {
+        east.kill(role).await.unwrap();
+        admins.push(east.restart(role).await.unwrap().address("admin").unwrap());
+    }
+    for role in ["gw", "web"] {
+        west.kill(role).await.unwrap();
+        west.restart(role).await.unwrap();
+    }
+    let answer = curl_until(proxy, WEB, "web-in-west").await;
+    assert_eq!(answer.header("tombolo-path"), Some("east/gw > west/gw"));
+    let state: Value = serde_json::from_str(&get(admins[0], "/state").await).unwrap();
+    assert!(state["federation"]["stale"] == true && state["federation"]["remembered"].is_string(), "{state}");
+    assert!(get(admins[0], "/metrics").await.contains("tombolo_gateway_federation_remembered 1"));
+    assert!(get(admins[1], "/metrics").await.contains("tombolo_sidecar_federation_remembered 1"));
+
+    east.restart("federation").await.unwrap();
+    west.restart("federation").await.unwrap();
+    in_sync(&east, "west").await;
+    in_sync(&west, "east").await;
+    until("the gateway to hear from its federation", async || {
+        let metrics = get(admins[0], "/metrics").await;
+        let heard = metrics.contains("tombolo_gateway_federation_remembered 0");
+        (heard && metrics.contains("tombolo_gateway_federation_connected 1")).then_some(())
+    })
+    .await;
+    curl_until(proxy, WEB, "web-in-west").await;
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
+async fn a_hidden_side_dials_and_requests_cross_both_ways() {
+    let world = World::new().await;
+    let (mut east, mut west) = tokio::join!(world.cluster("east"), world.hidden_cluster("west"));
+    let (in_west, in_east) = (app::http("web-in-west").await, app::http("api-in-east").await);
+    serve(&mut west, "web", "http", "http", in_west.address).await;
+    serve(&mut east, "api", "http", "http", in_east.address).await;
+    let refused = west.operator(&["peer", "invite", "--imports", "*"]).await.unwrap_err().to_string();
+    assert!(refused.contains("no gateway of this cluster can be dialled: set `advertise` at one"), "{refused}");
+    assert!(refused.contains("invite from the other cluster"), "{refused}");
+    link(&east, &west).await;
+    west.operator(&["export", "web.shop"]).await.unwrap();
+    east.operator(&["export", "api.shop"]).await.unwrap();
+    let (from_east, from_west) = (start_caller(&mut east).await, start_caller(&mut west).await);
+    let answer = curl_until(from_east, WEB, "web-in-west").await;
+    assert_eq!(answer.header("tombolo-path"), Some("east/gw > west/gw"));
+    let answer = curl_until(from_west, "http://api.shop.svc.clusterset.local/", "api-in-east").await;
+    assert_eq!(answer.header("tombolo-path"), Some("west/gw > east/gw"));
+    for (cluster, dialled_here) in [(&east, false), (&west, true)] {
+        let status = cluster.status().await.unwrap();
+        let tunnels = status["peers"][0]["tunnels"].as_array().unwrap().clone();
+        let up: Vec<_> = tunnels.iter().filter(|tunnel| tunnel["reach"] == "up").collect();
+        assert!(!up.is_empty() && up.iter().all(|tunnel| tunnel["dialledHere"] == dialled_here), "{status}");
+    }
+
+    // The hidden side's gateway restarts: it dials again, and both directions are back.
+    west.kill("gw").await.unwrap();
+    west.restart("gw").await.unwrap();
+    curl_until(from_east, WEB, "web-in-west").await;
+    curl_until(from_west, "http://api.shop.svc.clusterset.local/", "api-in-east").await;
     tokio::join!(east.stop(), west.stop());
 }
 

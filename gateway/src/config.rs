@@ -36,6 +36,10 @@ pub struct Config {
     /// gRPC address that tells sidecars which clusters are reachable.
     #[serde(default = "default_watch")]
     pub watch: SocketAddr,
+    /// host:port at which this cluster's sidecars reach `ingress`; where it is bound, unless that is every address.
+    pub advertise_ingress: Option<String>,
+    /// The same for `watch`.
+    pub advertise_watch: Option<String>,
     /// Sources that may put a PROXY header in front of a leg.
     #[serde(default = "default_proxy_sources")]
     pub proxy_sources: Vec<SourceRange>,
@@ -151,14 +155,37 @@ impl Validate for Config {
             problems.push(Problem::new("federation.address", "write host:port"));
         }
         for (number, address) in self.advertise.iter().enumerate() {
-            // Port 0 stands for the port that `tunnel` was bound to.
-            if !is_host_port(address) && address.strip_suffix(":0").is_none_or(str::is_empty) {
+            if !is_advertisable(address) {
                 problems.push(Problem::new(format!("advertise[{number}]"), "write host:port"));
             }
         }
+        problems.extend(reachable("advertiseIngress", self.advertise_ingress.as_deref(), "ingress", self.ingress));
+        problems.extend(reachable("advertiseWatch", self.advertise_watch.as_deref(), "watch", self.watch));
         problems.extend(self.limits.problems());
         problems
     }
+}
+
+/// Sidecars are told where a socket is, and nobody can dial "every address".
+fn reachable(field: &str, address: Option<&str>, of: &str, bound: SocketAddr) -> Option<Problem> {
+    match address {
+        Some(address) if is_advertisable(address) => None,
+        Some(_) => Some(Problem::new(field, "write host:port")),
+        None if bound.ip().is_unspecified() => {
+            let reason = format!(
+                "`{of}` listens on every address ({bound}), so say at which one this cluster's sidecars reach it: \
+                 {field}: HOST:{}",
+                bound.port()
+            );
+            Some(Problem::new(field, reason))
+        }
+        None => None,
+    }
+}
+
+/// Port 0 stands for the port that was bound.
+fn is_advertisable(address: &str) -> bool {
+    is_host_port(address) || address.strip_suffix(":0").is_some_and(|host| !host.is_empty())
 }
 
 impl LimitsConfig {
@@ -277,10 +304,19 @@ mod tests {
     }
 
     #[test]
+    fn every_address_is_fine_where_it_is_said_how_to_reach_it() {
+        let more = "ingress: 0.0.0.0:15443\nadvertiseIngress: 10.0.0.5:15443\nwatch: '[::]:0'\nadvertiseWatch: gw.internal:0\n";
+        assert_eq!(parse(&format!("{SMALLEST}{more}")).unwrap().advertise_watch.as_deref(), Some("gw.internal:0"));
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (more, part) in [
             ("tunel: 1.2.3.4:5\n", "tunel"),
             ("advertise: [nowhere]\n", "advertise[0]"),
+            ("advertiseIngress: nowhere\n", "advertiseIngress: write host:port"),
+            ("ingress: 0.0.0.0:15443\n", "advertiseIngress: HOST:15443"),
+            ("watch: '[::]:15012'\n", "`watch` listens on every address ([::]:15012)"),
             ("limits:\n  streamWindow: 3000000\n", "limits.streamWindow"),
             ("limits:\n  stalled: 1\n", "limits.stalled"),
             ("congestion: reno\n", "reno"),

@@ -46,6 +46,8 @@ pub struct Meters {
     pub tunnel_rtt_us: Family<Peer, Gauge>,
     pub dials_failed: Family<Peer, Counter>,
     pub watchers: Gauge,
+    pub federation_connected: Gauge,
+    pub federation_remembered: Gauge,
 }
 
 impl Meters {
@@ -66,6 +68,14 @@ impl Meters {
             dials_failed: metrics
                 .counters("tombolo_gateway_dials_failed", "Tunnels that could not be dialled, by peer"),
             watchers: metrics.gauge("tombolo_gateway_watchers", "Sidecars that watch this gateway"),
+            federation_connected: metrics.gauge(
+                "tombolo_gateway_federation_connected",
+                "1 while the federation answers; else what is in force is what it told last",
+            ),
+            federation_remembered: metrics.gauge(
+                "tombolo_gateway_federation_remembered",
+                "1 while what is in force was told to the process before this one",
+            ),
         }
     }
 

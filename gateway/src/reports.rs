@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tombolo_core::liveness::Reach;
-use tombolo_leg::discovery::{GatewayDiscovery, TunnelReport};
+use tombolo_leg::discovery::{GatewayDiscovery, LinkStatus, TunnelReport};
 
 use crate::gateway::Gateway;
+use crate::meters::Meters;
 
 /// Legs and round trips change without an event.
 const REFRESH: Duration = Duration::from_secs(1);
@@ -24,6 +26,20 @@ pub async fn report_tunnels(gateway: Arc<Gateway>, discovery: GatewayDiscovery) 
         tokio::select! {
             _ = changed.changed() => tokio::time::sleep(SETTLE).await,
             () = tokio::time::sleep(REFRESH) => {}
+        }
+    }
+}
+
+/// Counts whether the federation answers, until it is dropped.
+pub async fn follow_federation(meters: Meters, mut status: watch::Receiver<LinkStatus>) {
+    loop {
+        {
+            let status = status.borrow_and_update();
+            meters.federation_connected.set(status.connected.into());
+            meters.federation_remembered.set(status.remembered.is_some().into());
+        }
+        if status.changed().await.is_err() {
+            return;
         }
     }
 }
@@ -62,7 +78,7 @@ fn tunnels(gateway: &Gateway) -> Vec<TunnelReport> {
 }
 
 /// The state that the admin port shows.
-pub fn state(gateway: &Gateway) -> Value {
+pub fn state(gateway: &Gateway, federation: &LinkStatus) -> Value {
     let snapshot = gateway.snapshot();
     let tunnels = tunnels(gateway).into_iter().map(|tunnel| {
         json!({
@@ -90,6 +106,12 @@ pub fn state(gateway: &Gateway) -> Value {
         "gateway": gateway.settings.id,
         "cluster": snapshot.cluster,
         "trustDomain": snapshot.trust_domain,
+        "federation": {
+            "connected": federation.connected,
+            "stale": !federation.connected,
+            "remembered": federation.remembered.map(|at| at.to_string()),
+            "lastError": federation.last_error,
+        },
         "draining": gateway.drain.is_draining(),
         "legs": gateway.legs(),
         "stalledLegs": gateway.stalls.stalled(),

@@ -29,6 +29,8 @@ use crate::tunnel::endpoint::{self, EndpointKeys};
 use crate::watch;
 
 const ROLE: &str = "gateway";
+/// What the federation last told, in the state directory.
+const MEMORY_FILE: &str = "last-told";
 
 /// The sockets of a gateway, bound before anything is served on them.
 struct Sockets {
@@ -53,23 +55,29 @@ impl Sockets {
     }
 
     fn hello(&self, config: &Config) -> std::io::Result<GatewayHello> {
-        // Port 0 in an advertised address stands for the port that was found free.
-        let port = self.tunnel.local_addr()?.port();
-        let advertise = config.advertise.iter().map(|address| match address.strip_suffix(":0") {
-            Some(host) => format!("{host}:{port}"),
-            None => address.clone(),
-        });
+        let tunnel = self.tunnel.local_addr()?;
+        let advertise = config.advertise.iter().map(|address| advertised(Some(address), tunnel));
         Ok(GatewayHello {
             gateway_id: config.id.clone(),
             advertise: advertise.collect(),
-            ingress_address: self.ingress.local_addr()?.to_string(),
-            watch_address: self.watch.local_addr()?.to_string(),
+            ingress_address: advertised(config.advertise_ingress.as_deref(), self.ingress.local_addr()?),
+            watch_address: advertised(config.advertise_watch.as_deref(), self.watch.local_addr()?),
         })
     }
 }
 
+/// What is told of a socket: the address that others reach it at, else the one that it is bound to. Port 0
+/// stands for the port that was found free.
+fn advertised(address: Option<&str>, bound: SocketAddr) -> String {
+    let Some(address) = address else { return bound.to_string() };
+    match address.strip_suffix(":0") {
+        Some(host) => format!("{host}:{}", bound.port()),
+        None => address.to_owned(),
+    }
+}
+
 /// What the admin port shows before and after the first snapshot.
-type Shown = Arc<OnceLock<Arc<Gateway>>>;
+type Shown = Arc<OnceLock<(Arc<Gateway>, GatewayDiscovery)>>;
 
 /// Runs a gateway until it has drained.
 pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
@@ -99,7 +107,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     snapshot_ready.holds();
     let gateway = started.running.gateway.clone();
     // Set once, here.
-    let _ = shown.set(gateway.clone());
+    let _ = shown.set((gateway.clone(), started.discovery.clone()));
     started.tasks.spawn(async move {
         if let Err(error) = watch::serve(gateway, watch_listener).await {
             tracing::error!(%error, "GatewayWatch has stopped");
@@ -116,7 +124,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
 async fn start_admin(config: &Config, process: &Process, shown: &Shown) -> anyhow::Result<Admin> {
     let shown = shown.clone();
     let state = Arc::new(move || match shown.get() {
-        Some(gateway) => reports::state(gateway),
+        Some((gateway, discovery)) => reports::state(gateway, &discovery.status().borrow()),
         None => json!({ "waiting": "for identity and snapshot from the federation" }),
     });
     Admin::start(config.admin, process.metrics.clone(), process.readiness.clone(), serde_json::to_value(config)?, state)
@@ -148,7 +156,7 @@ async fn unless_draining<T>(process: &Process, future: impl Future<Output = T>) 
 struct Started {
     running: Running,
     tasks: JoinSet<()>,
-    _discovery: GatewayDiscovery,
+    discovery: GatewayDiscovery,
 }
 
 impl Started {
@@ -173,8 +181,12 @@ async fn start(
     let own = svid.wait().await;
     identity_ready.holds();
     tracing::info!(id = %own.id, "identity");
-    let federation =
-        Federation { address: config.federation.address.clone(), svid: svid.clone(), trust: trust.clone() };
+    let federation = Federation {
+        address: config.federation.address.clone(),
+        svid: svid.clone(),
+        trust: trust.clone(),
+        memory: Some(config.state.join(MEMORY_FILE)),
+    };
     let (discovery, commands) = GatewayDiscovery::start(federation, sockets.hello(config)?);
     let snapshot = first_snapshot(&discovery).await?;
     let (peering, reports) = PeeringRelay::new(config.limits.peerings as usize);
@@ -202,7 +214,8 @@ async fn start(
     tasks.spawn(obey(gateway.clone(), commands));
     tasks.spawn(tell(discovery.clone(), reports));
     tasks.spawn(reports::report_tunnels(gateway.clone(), discovery.clone()));
-    Ok((Started { running, tasks, _discovery: discovery }, sockets.watch))
+    tasks.spawn(reports::follow_federation(gateway.meters.clone(), discovery.status()));
+    Ok((Started { running, tasks, discovery }, sockets.watch))
 }
 
 async fn first_snapshot(discovery: &GatewayDiscovery) -> anyhow::Result<Snapshot> {

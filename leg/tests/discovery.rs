@@ -4,6 +4,7 @@
 mod common;
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -102,7 +103,7 @@ async fn running(server_path: &str) -> Running {
 
 impl Running {
     fn federation(&self, svid: SvidSource) -> Federation {
-        Federation { address: self.address.to_string(), svid, trust: self.trust.clone() }
+        Federation { address: self.address.to_string(), svid, trust: self.trust.clone(), memory: None }
     }
 
     fn sidecar(&self) -> SidecarDiscovery {
@@ -202,6 +203,60 @@ async fn a_sidecar_says_everything_again_and_keeps_what_it_knew() {
 
     drop((discovery, db));
     assert!(bounded(session.requests.next()).await.is_none_or(|request| request.is_err()));
+}
+
+#[tokio::test]
+async fn a_sidecar_that_restarts_while_federation_is_away_goes_on_with_what_was_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("last-told");
+    let mut running = running("tombolo/federation/f1").await;
+    let svid = running.east.svid("ns/shop/sa/cart");
+    let start = |federation: Federation| {
+        let federation = Federation { memory: Some(path.clone()), ..federation };
+        SidecarDiscovery::start(federation, "cart-1".parse().unwrap(), None)
+    };
+    let discovery = start(running.federation(svid.clone()));
+    let (web, db) = ("shop/web".parse().unwrap(), "data/db".parse().unwrap());
+    let held = (discovery.subscribe(&web).unwrap(), discovery.subscribe(&db).unwrap());
+    let session = bounded(running.sidecars.recv()).await.unwrap();
+    let welcome = wire::Welcome { cluster: "east".into(), trust_domain: "east.tombolo".into(), ..Default::default() };
+    tell(&session, Tell::Welcome(welcome)).await;
+    let revoked = running.east.id("ns/a/sa/b");
+    tell(&session, Tell::Revoked(wire::Revoked { spiffe_ids: vec![revoked.to_string()] })).await;
+    let grant = wire::InboundGrant { service: "shop/cart".into(), clusters: vec!["west".into()] };
+    tell(&session, Tell::InboundGrants(wire::InboundGrants { grants: vec![grant] })).await;
+    tell(&session, service("data/db", &["west"])).await;
+    tell(&session, Tell::ServiceUnknown("data/db".into())).await;
+    tell(&session, service("shop/web", &["west", "east"])).await;
+    let holds = |part: &[u8]| {
+        let file = std::fs::read(&path).unwrap_or_default();
+        file.windows(part.len()).any(|window| window == part)
+    };
+    eventually("it is kept", || holds(b"shop/web") && !holds(b"data/db")).await;
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    drop((held, discovery, session));
+
+    // Federation is away; its address leads nowhere.
+    let trust = TrustStore::new();
+    trust.set_own(running.east.ca.bundle()).unwrap();
+    let away = Federation { address: "127.0.0.1:1".into(), svid, trust: trust.clone(), memory: None };
+    let discovery = start(away.clone());
+    assert_eq!(discovery.welcome().borrow().as_ref().map(|welcome| welcome.cluster.to_string()), Some("east".into()));
+    assert_eq!((discovery.grants().len(), trust.snapshot().revoked().len()), (1, 1));
+    let known = discovery.subscribe(&web).unwrap();
+    assert!(matches!(known.now(), ServiceState::Known(view) if view.shares.len() == 2));
+    assert_eq!(discovery.subscribe(&db).unwrap().now(), ServiceState::Waiting);
+    let status = discovery.status().borrow().clone();
+    assert!(!status.connected && status.remembered.is_some(), "{status:?}");
+    drop((known, discovery));
+
+    // It is back: whatever it says counts, and what it has not said is waited for.
+    let discovery = start(Federation { address: running.address.to_string(), ..away });
+    let session = bounded(running.sidecars.recv()).await.unwrap();
+    let welcome = wire::Welcome { cluster: "east".into(), trust_domain: "east.tombolo".into(), ..Default::default() };
+    tell(&session, Tell::Welcome(welcome)).await;
+    bounded(discovery.status().wait_for(|status| status.remembered.is_none())).await.unwrap();
+    assert_eq!(discovery.subscribe(&web).unwrap().now(), ServiceState::Waiting);
 }
 
 #[tokio::test]

@@ -250,6 +250,13 @@ impl Validate for Config {
         address(&mut problems, "federation.address", &self.federation.address);
         if let Some(advertise) = &self.advertise {
             address(&mut problems, "advertise", advertise);
+        } else if self.inbound.ip().is_unspecified() && !self.services.is_empty() {
+            let (inbound, port) = (self.inbound, self.inbound.port());
+            let reason = format!(
+                "`inbound` listens on every address ({inbound}), so say at which one gateways and sidecars reach it: \
+                 advertise: HOST:{port}"
+            );
+            problems.push(Problem::new("advertise", reason));
         }
         self.retry.problems(&mut problems);
         self.limits.problems(&mut problems);
@@ -391,6 +398,9 @@ mod tests {
         check("retry: {tries: 0}\n", Some("retry.tries"));
         check("limits: {connections: 0}\n", Some("limits.connections: must be above zero"));
         check("advertise: here\n", Some("advertise: write host:port"));
+        let everywhere = "inbound: 0.0.0.0:15008\nservices: [{service: shop/web, port: 80, app: '127.0.0.1:1'}]\n";
+        check(everywhere, Some("`inbound` listens on every address (0.0.0.0:15008)"));
+        check(&format!("{everywhere}advertise: 10.0.0.7:15008\n"), None);
         check("services: [{service: shop/web, port: 80, app: x}]\n", Some("services[0].app"));
         check("colour: red\n", Some("unknown field `colour`"));
     }

@@ -17,8 +17,10 @@ use std::sync::Arc;
 use anyhow::Context;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
-use tombolo_leg::discovery::{Federation, SidecarDiscovery};
+use tokio::sync::watch;
+use tombolo_leg::discovery::{Federation, LinkStatus, SidecarDiscovery};
 use tombolo_runtime::admin::Admin;
+use tombolo_runtime::metrics::Metrics;
 use tombolo_runtime::process::{self, Process};
 use tombolo_runtime::readiness::Readiness;
 use tombolo_trust::atomic;
@@ -35,6 +37,8 @@ use registration::TellFederation;
 
 /// The name under which a sidecar announces its addresses.
 pub const ROLE: &str = "sidecar";
+/// What the federation last told, in the state directory.
+const MEMORY_FILE: &str = "last-told";
 
 /// Runs a sidecar until it has drained.
 pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
@@ -46,10 +50,15 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
         join: config.join.clone(),
         state: config.state.clone(),
     })?;
-    let federation =
-        Federation { address: config.federation.address.clone(), svid: svid.clone(), trust: trust.clone() };
+    let federation = Federation {
+        address: config.federation.address.clone(),
+        svid: svid.clone(),
+        trust: trust.clone(),
+        memory: Some(config.state.join(MEMORY_FILE)),
+    };
     let discovery = SidecarDiscovery::start(federation, config.instance.clone(), config.zone.clone());
     tokio::spawn(follow_readiness(process.readiness.clone(), svid.clone(), discovery.clone()));
+    tokio::spawn(follow_federation(process.metrics.clone(), discovery.status()));
 
     let outbound = Outbound::new(&config, &process, &svid, &trust, Box::new(discovery.clone()));
     let mut addresses = BTreeMap::new();
@@ -151,6 +160,24 @@ async fn follow_readiness(readiness: Readiness, svid: SvidSource, discovery: Sid
     }
 }
 
+/// Counts whether the federation answers, until discovery ends.
+async fn follow_federation(metrics: Metrics, mut status: watch::Receiver<LinkStatus>) {
+    let help = "1 while the federation answers; else what is in force is what it told last";
+    let connected = metrics.gauge("tombolo_sidecar_federation_connected", help);
+    let help = "1 while what is in force was told to the process before this one";
+    let remembered = metrics.gauge("tombolo_sidecar_federation_remembered", help);
+    loop {
+        {
+            let status = status.borrow_and_update();
+            connected.set(status.connected.into());
+            remembered.set(status.remembered.is_some().into());
+        }
+        if status.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 fn state_view(
     outbound: &Arc<Outbound>,
     served: Served,
@@ -171,6 +198,8 @@ fn state_view(
                 "connected": status.connected,
                 "connects": status.connects,
                 "lastError": status.last_error,
+                "stale": !status.connected,
+                "remembered": status.remembered.map(|at| at.to_string()),
             },
             "outbound": outbound.state(),
             "inbound": served.inbound.state(),

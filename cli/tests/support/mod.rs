@@ -49,6 +49,14 @@ impl World {
         cluster.start_gateway("gw", Value::Null).await.unwrap();
         cluster
     }
+
+    /// A cluster whose gateway can't be dialled from anywhere.
+    pub async fn hidden_cluster(&self, name: &str) -> Cluster {
+        let mut cluster = Cluster::new(&binary(), name, self.directory.path(), json!({})).unwrap();
+        cluster.start_federation(json!({})).await.unwrap();
+        cluster.start_gateway("gw", json!({ "advertise": [] })).await.unwrap();
+        cluster
+    }
 }
 
 /// A sidecar without services: one that calls.
@@ -121,13 +129,24 @@ pub async fn curl(proxy: SocketAddr, arguments: &[&str]) -> Answer {
     Answer { status: status.unwrap_or(0), headers, body: String::from_utf8_lossy(&output.stdout).into_owned() }
 }
 
+/// What an admin port answers.
+pub async fn get(admin: SocketAddr, path: &str) -> String {
+    let url = format!("http://{admin}{path}");
+    let output = Command::new("curl").args(["-sS", "-m", "5", &url]).stdin(Stdio::null()).output().await.unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 /// Curls until the answer is a success of the application `name`.
 pub async fn curl_until(proxy: SocketAddr, url: &str, name: &str) -> Answer {
-    until(&format!("{name} to answer {url}"), async || {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
         let answer = curl(proxy, &["-H", "tombolo-explain: 1", url]).await;
-        (answer.status == 200 && answer.body.contains(name)).then_some(answer)
-    })
-    .await
+        if answer.status == 200 && answer.body.contains(name) {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {name} to answer {url}: {answer:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Asks until there is an answer; fails the test, naming what was waited for, when none comes.

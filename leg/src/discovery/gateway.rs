@@ -15,6 +15,7 @@ use wire::gateway_request::Kind as Request;
 use wire::gateway_update::Kind as Update;
 
 use super::link::{self, Federation, LinkStatus, Side};
+use super::memory::{Keep, Memory, Subject, recall};
 use super::model::{
     GatewaySnapshot, GatewayWelcome, PeeringCommand, PeeringReport, TunnelReport, gateway_snapshot, peering_command,
     peering_report_to_wire, revoked, tunnels_to_wire,
@@ -57,6 +58,7 @@ struct State {
     welcome: watch::Sender<Option<GatewayWelcome>>,
     snapshot: watch::Sender<Option<Arc<GatewaySnapshot>>>,
     commands: mpsc::Sender<PeeringCommand>,
+    memory: Option<Memory>,
 }
 
 #[derive(Debug, Default)]
@@ -83,7 +85,11 @@ impl GatewayDiscovery {
             welcome: watch::Sender::default(),
             snapshot: watch::Sender::default(),
             commands,
+            memory: federation.memory.clone().map(Memory::new),
         });
+        if let Some(memory) = &state.memory {
+            recall(&*state, memory, &federation.trust);
+        }
         let stop = CancellationToken::new();
         tokio::spawn(link::run(state.clone(), federation, stop.clone()));
         (Self { state, _stop: Arc::new(stop.drop_guard()) }, received)
@@ -211,6 +217,27 @@ impl Side for State {
             }
         }
         Ok(())
+    }
+
+    fn keep(update: &wire::GatewayUpdate) -> Keep {
+        match &update.kind {
+            Some(Update::Welcome(_)) => Keep::Latest(Subject::Welcome),
+            Some(Update::Revoked(_)) => Keep::Latest(Subject::Revoked),
+            Some(Update::Snapshot(_)) => Keep::Latest(Subject::Snapshot),
+            Some(Update::PeeringDial(_) | Update::PeeringOffer(_) | Update::PeeringVerdict(_)) | None => Keep::Nothing,
+        }
+    }
+
+    fn memory(&self) -> Option<&Memory> {
+        self.memory.as_ref()
+    }
+
+    fn recall(&self, update: wire::GatewayUpdate) -> Result<(), String> {
+        self.handle(update)
+    }
+
+    fn wants(&self, _: &Subject) -> bool {
+        true
     }
 
     fn changed(&self) -> &Notify {

@@ -1,9 +1,12 @@
 //! One stream to federation that is kept up: reconnects, says everything again, and never stops reading while it
 //! has something to say.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
+use prost::Message as _;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -17,6 +20,8 @@ use tombolo_trust::store::{ClusterBundle, TrustStore};
 use tombolo_trust::svid::SvidSource;
 use tombolo_trust::tls::{self, ServerExpectation};
 use tonic::transport::Channel;
+
+use super::memory::{self, Keep, Memory, Subject};
 
 /// Requests that wait for the connection to take them.
 const OUTGOING_MAX: usize = 16;
@@ -32,6 +37,8 @@ pub struct Federation {
     pub address: String,
     pub svid: SvidSource,
     pub trust: TrustStore,
+    /// File that keeps what federation last told, for a restart while it is away.
+    pub memory: Option<PathBuf>,
 }
 
 /// Whether federation answers, for readiness and the operator.
@@ -46,12 +53,14 @@ pub struct LinkStatus {
     pub updates_refused: u64,
     /// Bundles that were not taken, a lower sequence among them.
     pub bundles_refused: u64,
+    /// Since the start nothing was heard: what is in force was kept by the process before, at this time.
+    pub remembered: Option<Timestamp>,
 }
 
 /// What a sidecar and a gateway do differently.
 pub(super) trait Side: Send + Sync + 'static {
     type Request: Send + 'static;
-    type Update: Send + 'static;
+    type Update: prost::Message + Default;
 
     fn open(
         client: DiscoveryClient<Channel>,
@@ -63,6 +72,13 @@ pub(super) trait Side: Send + Sync + 'static {
     /// The next thing to say, if there is one.
     fn next(&self) -> Option<Self::Request>;
     fn handle(&self, update: Self::Update) -> Result<(), String>;
+    /// What an update means for the memory of this side.
+    fn keep(update: &Self::Update) -> Keep;
+    fn memory(&self) -> Option<&Memory>;
+    /// Takes an update that was kept over a restart.
+    fn recall(&self, update: Self::Update) -> Result<(), String>;
+    /// Whether the latest word on this is still of use.
+    fn wants(&self, subject: &Subject) -> bool;
     /// Woken when [`Side::next`] may have more.
     fn changed(&self) -> &Notify;
     fn status(&self) -> &watch::Sender<LinkStatus>;
@@ -91,6 +107,7 @@ pub(super) async fn run<S: Side>(side: Arc<S>, federation: Federation, stop: Can
     };
     tokio::select! {
         () = keep_up => {}
+        () = memory::save(side.clone(), federation.trust.clone()) => {}
         () = stop.cancelled() => {}
     }
 }
@@ -139,10 +156,17 @@ async fn one_stream<S: Side>(side: &S, federation: &Federation) -> Result<(), St
 }
 
 fn take<S: Side>(side: &S, update: S::Update) {
+    // As they came, in case they are kept; most are small, and all are rare beside requests.
+    let kept = side.memory().map(|memory| (memory, S::keep(&update), update.encode_to_vec()));
     if let Err(reason) = side.handle(update) {
         tracing::warn!(%reason, "an update from federation is refused; what was known before stays in force");
         side.status().send_modify(|status| status.updates_refused += 1);
+        return;
     }
+    if let Some((memory, keep, octets)) = kept {
+        memory.note(keep, || octets);
+    }
+    side.status().send_if_modified(|status| status.remembered.take().is_some());
 }
 
 fn describe(status: &tonic::Status) -> String {

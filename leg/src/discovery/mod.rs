@@ -3,10 +3,12 @@
 
 mod gateway;
 mod link;
+mod memory;
 mod model;
 mod sidecar;
 
 pub use gateway::{GatewayDiscovery, GatewayHello, ReportsFull};
 pub use link::{Federation, LinkStatus};
+pub use memory::AGE_MAX as MEMORY_AGE_MAX;
 pub use model::*;
 pub use sidecar::{SUBSCRIPTIONS_MAX, SidecarDiscovery, Subscription, TooManySubscriptions, Verdicts};

@@ -7,7 +7,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Notify, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tombolo_api::convert::name;
+use tombolo_api::convert::{InvalidMessage, name};
 use tombolo_api::proto::discovery as wire;
 use tombolo_api::proto::discovery::discovery_client::DiscoveryClient;
 use tombolo_core::id::{InstanceName, ServiceName};
@@ -17,8 +17,9 @@ use wire::sidecar_request::Kind as Request;
 use wire::sidecar_update::Kind as Update;
 
 use super::link::{self, Federation, LinkStatus, Side};
+use super::memory::{Keep, Memory, Subject, recall};
 use super::model::{
-    InboundGrants, LocalGateway, Registration, RegistrationVerdict, ServiceState, Welcome, inbound_grants,
+    InboundGrants, LocalGateway, Registration, RegistrationVerdict, ServiceState, ServiceView, Welcome, inbound_grants,
     local_gateways, registration_result, registration_to_wire, revoked,
 };
 
@@ -60,6 +61,9 @@ struct State {
     gateways: watch::Sender<Arc<Vec<LocalGateway>>>,
     verdicts: watch::Sender<Arc<Verdicts>>,
     grants: ArcSwap<InboundGrants>,
+    memory: Option<Memory>,
+    /// Services that the process before knew, for as long as federation has not answered this one.
+    remembered: Mutex<BTreeMap<ServiceName, Arc<ServiceView>>>,
 }
 
 /// What federation is to know, and what of it has not been said on the present stream.
@@ -97,7 +101,12 @@ impl SidecarDiscovery {
             gateways: watch::Sender::default(),
             verdicts: watch::Sender::default(),
             grants: ArcSwap::default(),
+            memory: federation.memory.clone().map(Memory::new),
+            remembered: Mutex::default(),
         });
+        if let Some(memory) = &state.memory {
+            recall(&*state, memory, &federation.trust);
+        }
         let stop = CancellationToken::new();
         tokio::spawn(link::run(state.clone(), federation, stop.clone()));
         Self { state, _stop: Arc::new(stop.drop_guard()) }
@@ -111,7 +120,11 @@ impl SidecarDiscovery {
             if wanted.services.len() >= SUBSCRIPTIONS_MAX {
                 return Err(TooManySubscriptions);
             }
-            let wish = Wish { handles: 0, state: watch::Sender::default() };
+            let known = self.state.remembered().get(service).cloned();
+            let wish = Wish {
+                handles: 0,
+                state: watch::Sender::new(known.map_or(ServiceState::Waiting, ServiceState::Known)),
+            };
             wanted.services.insert(service.clone(), wish);
             wanted.unsaid.insert(service.clone());
             self.state.changed.notify_one();
@@ -214,6 +227,10 @@ impl State {
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn remembered(&self) -> MutexGuard<'_, BTreeMap<ServiceName, Arc<ServiceView>>> {
+        self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn show(&self, service: &ServiceName, state: ServiceState) {
         // A service that was let go of meanwhile has no place any more.
         if let Some(wish) = self.wanted().services.get(service) {
@@ -307,9 +324,11 @@ impl Side for State {
             // An update of a newer release.
             return Ok(());
         };
-        let refused = |error: tombolo_api::convert::InvalidMessage| error.to_string();
+        let refused = |error: InvalidMessage| error.to_string();
         match kind {
             Update::Welcome(welcome) => {
+                // It answers: whatever is asked for from now on, it knows better.
+                self.remembered().clear();
                 self.welcome.send_replace(Some(welcome.try_into().map_err(refused)?));
             }
             Update::Bundles(bundles) => {
@@ -321,7 +340,7 @@ impl Side for State {
                 self.gateways.send_replace(Arc::new(local_gateways(gateways).map_err(refused)?));
             }
             Update::Service(service) => {
-                let view: super::ServiceView = service.try_into().map_err(refused)?;
+                let view: ServiceView = service.try_into().map_err(refused)?;
                 self.show(&view.service.clone(), ServiceState::Known(Arc::new(view)));
             }
             Update::ServiceUnknown(service) => {
@@ -339,6 +358,36 @@ impl Side for State {
             Update::Revoked(ids) => self.trust.set_revoked(revoked(ids).map_err(refused)?),
         }
         Ok(())
+    }
+
+    fn keep(update: &wire::SidecarUpdate) -> Keep {
+        match &update.kind {
+            Some(Update::Welcome(_)) => Keep::Latest(Subject::Welcome),
+            Some(Update::Revoked(_)) => Keep::Latest(Subject::Revoked),
+            Some(Update::Bundles(_)) => Keep::Latest(Subject::Bundles),
+            Some(Update::Gateways(_)) => Keep::Latest(Subject::Gateways),
+            Some(Update::InboundGrants(_)) => Keep::Latest(Subject::Grants),
+            Some(Update::Service(service)) => Keep::Latest(Subject::Service(service.service.clone())),
+            Some(Update::ServiceUnknown(service)) => Keep::Forget(Subject::Service(service.clone())),
+            // What is registered is said anew, and decided anew.
+            Some(Update::Registration(_)) | None => Keep::Nothing,
+        }
+    }
+
+    fn memory(&self) -> Option<&Memory> {
+        self.memory.as_ref()
+    }
+
+    fn recall(&self, update: wire::SidecarUpdate) -> Result<(), String> {
+        let Some(Update::Service(service)) = update.kind else { return self.handle(update) };
+        let view: ServiceView = service.try_into().map_err(|error: InvalidMessage| error.to_string())?;
+        self.remembered().insert(view.service.clone(), Arc::new(view));
+        Ok(())
+    }
+
+    fn wants(&self, subject: &Subject) -> bool {
+        let Subject::Service(service) = subject else { return true };
+        service.parse().is_ok_and(|service: ServiceName| self.wanted().services.contains_key(&service))
     }
 
     fn changed(&self) -> &Notify {
