@@ -56,6 +56,11 @@ impl Handshakes {
         Place { number, handshakes: self.clone(), displaced }
     }
 
+    /// How many places are taken.
+    pub fn under_way(&self) -> usize {
+        self.lock().places.len()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Taken> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -6,13 +6,13 @@ use std::time::Duration;
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, Incoming};
 use rustls::pki_types::{CertificateDer, UnixTime};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tombolo_api::proto::tunnel as wire;
 use tombolo_api::proto::tunnel::control::Kind;
 use tombolo_core::door::{self, ALPN_PEERING, ALPN_TUNNEL, Entry, Verdict};
 use tombolo_core::id::{ClusterId, SpiffeId};
 use tombolo_core::refusal::Refusal;
+use tombolo_trust::handshakes::{Handshakes, Place};
 use tombolo_trust::store::Usage;
 use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
@@ -42,25 +42,42 @@ pub fn open(gateway: &Gateway) -> Result<(), UnusableTls> {
     Ok(())
 }
 
-/// Accepts connections until the endpoint is closed.
+/// Accepts connections until the endpoint is closed. When all handshakes that may be under way are, the oldest
+/// makes room: nobody keeps a peer's gateway out by beginning handshakes without an end.
 pub async fn accept_all(gateway: Arc<Gateway>) {
-    let handshakes = Arc::new(Semaphore::new(gateway.settings.limits.handshakes as usize));
+    let max = gateway.settings.limits.handshakes as usize;
+    let handshakes = Handshakes::new(max);
     while let Some(incoming) = gateway.endpoint.accept().await {
-        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
-            gateway.meters.refused(Refusal::Overloaded);
-            incoming.refuse();
-            continue;
-        };
         // Above half of the room, callers have to show that their address is their own.
-        if handshakes.available_permits() < gateway.settings.limits.handshakes as usize / 2 && incoming.may_retry() {
+        if handshakes.under_way() >= max / 2 && incoming.may_retry() {
             let _ = incoming.retry();
             continue;
         }
-        tokio::spawn(let_in(gateway.clone(), incoming, permit));
+        tokio::spawn(let_in(gateway.clone(), incoming, handshakes.begin()));
     }
 }
 
-async fn let_in(gateway: Arc<Gateway>, incoming: Incoming, permit: OwnedSemaphorePermit) {
+async fn let_in(gateway: Arc<Gateway>, incoming: Incoming, place: Place) {
+    let address = incoming.remote_address();
+    match place.run(enter(&gateway, incoming)).await {
+        Ok(None) => {}
+        // Peering has a bound of its own.
+        Ok(Some((connection, chain))) => {
+            let outcome = peering::accept(&gateway, &connection, chain).await;
+            outcome.unwrap_or_else(|refusal| refuse(&gateway, &connection, refusal));
+        }
+        Err(displaced) => {
+            gateway.meters.refused(Refusal::Overloaded);
+            tracing::info!(%address, reason = Refusal::Overloaded.code(), "{displaced}");
+        }
+    }
+}
+
+/// A caller that may make an offer of peering.
+type Knocking = (Connection, Vec<CertificateDer<'static>>);
+
+/// The handshake and the verdict. A tunnel is up when this returns.
+async fn enter(gateway: &Arc<Gateway>, incoming: Incoming) -> Option<Knocking> {
     let address = incoming.remote_address();
     let connection = match timeout(STEP_TIMEOUT, incoming).await {
         Ok(Ok(connection)) => connection,
@@ -68,16 +85,16 @@ async fn let_in(gateway: Arc<Gateway>, incoming: Incoming, permit: OwnedSemaphor
             let refusal = refusal_of(&error);
             gateway.meters.refused(refusal);
             tracing::info!(%address, reason = refusal.code(), %error, "handshake on the tunnel port failed");
-            return;
+            return None;
         }
         Err(_) => {
             gateway.meters.refused(Refusal::HandshakeTimeout);
             tracing::info!(%address, reason = Refusal::HandshakeTimeout.code(), "handshake on the tunnel port failed");
-            return;
+            return None;
         }
     };
     let chain = peer_chain(&connection);
-    let entry = match door::decide(alpn(&connection).as_deref(), &verdict(&gateway, &chain)) {
+    let entry = match door::decide(alpn(&connection).as_deref(), &verdict(gateway, &chain)) {
         Entry::Tunnel(_) if gateway.drain.is_draining() => Entry::Refuse(Refusal::Draining),
         Entry::Tunnel(cluster) if !gateway.snapshot().peers.contains_key(&cluster) => {
             Entry::Refuse(Refusal::UnknownCluster)
@@ -87,16 +104,15 @@ async fn let_in(gateway: Arc<Gateway>, incoming: Incoming, permit: OwnedSemaphor
     match entry {
         Entry::Tunnel(cluster) => {
             // The handshake is over when the hellos are said.
-            let outcome = accept_tunnel(&gateway, &connection, cluster, chain).await;
-            outcome.unwrap_or_else(|refusal| refuse(&gateway, &connection, refusal));
+            let outcome = accept_tunnel(gateway, &connection, cluster, chain).await;
+            outcome.unwrap_or_else(|refusal| refuse(gateway, &connection, refusal));
+            None
         }
-        Entry::Peering => {
-            // Peering has a bound of its own.
-            drop(permit);
-            let outcome = peering::accept(&gateway, &connection, chain).await;
-            outcome.unwrap_or_else(|refusal| refuse(&gateway, &connection, refusal));
+        Entry::Peering => Some((connection, chain)),
+        Entry::Refuse(refusal) => {
+            refuse(gateway, &connection, refusal);
+            None
         }
-        Entry::Refuse(refusal) => refuse(&gateway, &connection, refusal),
     }
 }
 

@@ -216,3 +216,21 @@ async fn too_many_unfinished_legs_of_one_source_are_refused() {
     eventually("there is room again", || node.refusals(Refusal::BadClientHello) == 4).await;
     echoes(&mut node.accepted(WEB).await, "room again").await;
 }
+
+#[tokio::test]
+async fn handshakes_without_an_end_keep_nobody_out() {
+    let limits = LimitsConfig { handshakes: 4, ..Default::default() };
+    let options = NodeOptions { limits, ..Default::default() };
+    let pair = Pair::linked_with(options, NodeOptions::default(), Sidecar::new().await.echo()).await;
+    let node = &pair.east_node;
+    // Tunnels whose hello never comes: each holds its place for seconds.
+    let svid = pair.west.svid("tombolo/gateway/gw-t");
+    let mut held = Vec::new();
+    for _ in 0..12 {
+        held.push(knock(node, &pair.east, &svid, &[TUNNEL]).await.unwrap());
+    }
+    let (late, _control) = tunnel(&pair, "gw-late").await;
+    assert!(late.close_reason().is_none());
+    eventually("the oldest made room", || node.refusals(Refusal::Overloaded) == 9).await;
+    drop(held);
+}
