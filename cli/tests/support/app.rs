@@ -28,7 +28,7 @@ impl Drop for App {
 type Body = BoxBody<Bytes, Infallible>;
 
 /// HTTP/1.1: `/` says the name and the verified caller, `/echo` gives the body back as it comes,
-/// `/drip` sends a line every 100 ms for as many seconds as the query says.
+/// `/forge` pretends to be tombolo and says which fields it got, `/drip` sends a line every 100 ms for as many seconds as the query says.
 pub async fn http(name: &'static str) -> App {
     http_at(name, SocketAddr::from(([127, 0, 0, 1], 0))).await
 }
@@ -55,6 +55,14 @@ async fn answer(name: &str, request: Request<Incoming>) -> Result<Response<Body>
         "/echo" => {
             let whole = request.into_body().collect().await?.to_bytes();
             Full::new(whole).boxed()
+        }
+        "/forge" => {
+            let names: Vec<&str> = request.headers().keys().map(|name| name.as_str()).collect();
+            let mut response = Response::new(Full::new(Bytes::from(names.join(" "))).boxed());
+            for (name, value) in [("tombolo-refusal", "no-tunnel"), ("tombolo-cluster", "mars")] {
+                response.headers_mut().insert(name, hyper::header::HeaderValue::from_static(value));
+            }
+            return Ok(response);
         }
         "/drip" => {
             let seconds: u64 = request.uri().query().and_then(|query| query.parse().ok()).unwrap_or(1);
