@@ -53,6 +53,10 @@ impl TelemetryConfig {
         {
             problems.push(Problem::new(format!("{field}.otlp"), "write http://host:port, the OTLP/gRPC endpoint"));
         }
+        if self.otlp.as_ref().is_some_and(|otlp| otlp.contains('@')) {
+            let reason = "no credentials in the address: it is shown on the admin port and in logs";
+            problems.push(Problem::new(format!("{field}.otlp"), reason));
+        }
         if !(0.0..=1.0).contains(&self.sample_ratio) {
             problems.push(Problem::new(format!("{field}.sampleRatio"), "write a number from 0 to 1"));
         }
@@ -281,5 +285,7 @@ mod tests {
         let config = TelemetryConfig { otlp: Some("localhost:4317".into()), sample_ratio: 2.0, ..Default::default() };
         let fields: Vec<_> = config.problems("telemetry").into_iter().map(|problem| problem.field).collect();
         assert_eq!(fields, ["telemetry.otlp", "telemetry.sampleRatio"]);
+        let config = TelemetryConfig { otlp: Some("http://user:secret@collector:4317".into()), ..Default::default() };
+        assert!(config.problems("telemetry").iter().any(|problem| problem.reason.contains("no credentials")));
     }
 }
