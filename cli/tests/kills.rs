@@ -8,8 +8,8 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -48,7 +48,8 @@ impl Seeded {
 /// 50 requests a second, whatever becomes of them.
 struct Load {
     answered: Arc<AtomicU64>,
-    failed: Arc<AtomicU64>,
+    /// When each failed request had begun, and what became of it.
+    failed: Arc<Mutex<Vec<(Instant, String)>>>,
     stop: Arc<AtomicBool>,
     task: JoinHandle<()>,
 }
@@ -56,7 +57,7 @@ struct Load {
 impl Load {
     fn start(proxy: SocketAddr) -> Self {
         let (answered, failed, stop) =
-            (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+            (Arc::new(AtomicU64::new(0)), Arc::<Mutex<Vec<_>>>::default(), Arc::new(AtomicBool::new(false)));
         let (yes, no, ends) = (answered.clone(), failed.clone(), stop.clone());
         let task = tokio::spawn(async move {
             let mut tick = tokio::time::interval(Duration::from_millis(20));
@@ -66,9 +67,17 @@ impl Load {
                 tick.tick().await;
                 let (yes, no) = (yes.clone(), no.clone());
                 requests.spawn(async move {
+                    let began = Instant::now();
                     let asked = tokio::time::timeout(Duration::from_secs(5), ask(proxy)).await;
-                    let count = if asked.is_ok_and(|answer| answer.is_ok()) { yes } else { no };
-                    count.fetch_add(1, Ordering::Relaxed);
+                    let failure = match asked {
+                        Ok(Ok(())) => {
+                            yes.fetch_add(1, Ordering::Relaxed);
+                            return;
+                        }
+                        Ok(Err(error)) => error.to_string(),
+                        Err(_) => "no answer".to_owned(),
+                    };
+                    no.lock().unwrap().push((began, failure));
                 });
                 while requests.try_join_next().is_some() {}
             }
@@ -77,14 +86,16 @@ impl Load {
         Self { answered, failed, stop, task }
     }
 
-    fn failed(&self) -> u64 {
-        self.failed.load(Ordering::Relaxed)
+    /// What became of the requests that began after `since` and failed.
+    fn failed(&self, since: Instant) -> Vec<String> {
+        let failed = self.failed.lock().unwrap();
+        failed.iter().filter(|(began, _)| *began > since).map(|(_, failure)| failure.clone()).collect()
     }
 
-    async fn end(self) -> (u64, u64) {
+    async fn end(self) -> (u64, usize) {
         self.stop.store(true, Ordering::Relaxed);
         self.task.await.unwrap();
-        (self.answered.load(Ordering::Relaxed), self.failed.load(Ordering::Relaxed))
+        (self.answered.load(Ordering::Relaxed), self.failed.lock().unwrap().len())
     }
 }
 
@@ -222,7 +233,6 @@ async fn any_role_may_be_killed_at_any_moment() {
             round += 1;
             let changing = tokio::spawn(change(west.state(), round));
             tokio::time::sleep(Duration::from_millis(seeded.below(250))).await;
-            let failed = load.failed();
             let killed = Instant::now();
             let side = if cluster == "east" { &mut east } else { &mut west };
             side.kill(role).await.unwrap();
@@ -230,11 +240,14 @@ async fn any_role_may_be_killed_at_any_moment() {
             side.restart(role).await.unwrap();
             no_temporary_files(side, role).await;
             until(&format!("traffic after {role} of {cluster} was killed"), async || ask(proxy).await.ok()).await;
-            let (resumed, failed) = (killed.elapsed(), load.failed() - failed);
+            let (resumed, failed) = (killed.elapsed(), load.failed(killed));
             let changed = changing.await.unwrap();
-            println!("{role} of {cluster}: traffic {resumed:?} after the kill, {failed} failed, changed {changed}");
+            println!(
+                "{role} of {cluster}: traffic {resumed:?} after the kill, {} failed, changed {changed}",
+                failed.len()
+            );
             // Requests need no federation, not even the own one.
-            assert!(role != "federation" || failed == 0, "{failed} failed without the federation of {cluster}");
+            assert!(role != "federation" || failed.is_empty(), "without the federation of {cluster}: {failed:?}");
             if changed {
                 let want = round.is_multiple_of(2);
                 until("what was acknowledged to hold", async || {
