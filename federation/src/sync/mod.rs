@@ -2,6 +2,7 @@
 //! ([`subscriber`]). Both run over ordinary inner legs between the two federations.
 
 pub mod durable;
+mod keeping;
 pub mod publisher;
 pub mod subscriber;
 #[cfg(test)]

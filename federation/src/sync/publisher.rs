@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -41,8 +41,8 @@ use crate::hub::{HubGone, HubHandle};
 
 /// Legs whose handshake is under way at once; above it, the oldest makes room.
 const HANDSHAKES_MAX: usize = 256;
-/// Legs that stand at once; each peer needs one, and a second while it reconnects.
-const LEGS_MAX: usize = 256;
+/// Legs of one peer that stand at once; it needs one, and a second while it reconnects.
+const LEGS_PER_PEER_MAX: usize = 4;
 /// Updates between the stream and its leg; the leg's own flow control bounds the rest.
 const UPDATES_MAX: usize = 16;
 /// A subscriber's messages are small.
@@ -98,7 +98,7 @@ impl Publisher {
 async fn accept_all(listener: TcpListener, publisher: Publisher, accepted: mpsc::Sender<io::Result<Connection>>) {
     let acceptor = Acceptor::with_alpn(&publisher.svid, &publisher.trust, &[Alpn::H2]);
     let handshakes = Handshakes::new(HANDSHAKES_MAX);
-    let legs = Arc::new(Semaphore::new(LEGS_MAX));
+    let places = Places::default();
     loop {
         let (tcp, address) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -109,9 +109,9 @@ async fn accept_all(listener: TcpListener, publisher: Publisher, accepted: mpsc:
             }
         };
         let (acceptor, publisher, accepted) = (acceptor.clone(), publisher.clone(), accepted.clone());
-        let (handshake, legs) = (handshakes.begin(), legs.clone());
+        let (handshake, places) = (handshakes.begin(), places.clone());
         tokio::spawn(async move {
-            match handshake.run(admit(&acceptor, &publisher, tcp, legs)).await {
+            match handshake.run(admit(&acceptor, &publisher, tcp, &places)).await {
                 Ok(Ok((AcceptedLeg { stream, identity, credentials }, place))) => {
                     let peer = PeerLeg { identity, credentials };
                     // Fails only when the server has stopped.
@@ -128,12 +128,12 @@ async fn admit(
     acceptor: &Acceptor,
     publisher: &Publisher,
     tcp: TcpStream,
-    legs: Arc<Semaphore>,
-) -> Result<(AcceptedLeg, OwnedSemaphorePermit), (Refusal, String)> {
+    places: &Places,
+) -> Result<(AcceptedLeg, Place), (Refusal, String)> {
     let leg = acceptor.accept(tcp).await.map_err(|error| (error.refusal, error.detail))?;
     let refused = |refusal| (refusal, format!("{} for {}", leg.identity.client_id, leg.identity.target));
     publisher.authorize(&leg.identity).map_err(refused)?;
-    let place = legs.try_acquire_owned().map_err(|_| refused(Refusal::Overloaded))?;
+    let place = Place::take(places, &leg.identity.client_cluster).ok_or_else(|| refused(Refusal::Overloaded))?;
     Ok((leg, place))
 }
 
@@ -152,7 +152,40 @@ struct PeerLeg {
 struct Connection {
     stream: TlsStream<TcpStream>,
     peer: PeerLeg,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
+}
+
+/// How many legs of each peer stand.
+type Places = Arc<Mutex<BTreeMap<ClusterId, usize>>>;
+
+/// One leg's room, given back when it ends. Each peer has its own, so that none can take it from another.
+struct Place {
+    places: Places,
+    cluster: ClusterId,
+}
+
+impl Place {
+    fn take(places: &Places, cluster: &ClusterId) -> Option<Self> {
+        let mut held = places.lock().unwrap_or_else(PoisonError::into_inner);
+        let legs = held.entry(cluster.clone()).or_default();
+        if *legs >= LEGS_PER_PEER_MAX {
+            return None;
+        }
+        *legs += 1;
+        Some(Self { places: places.clone(), cluster: cluster.clone() })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut held = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(legs) = held.get_mut(&self.cluster) {
+            *legs -= 1;
+            if *legs == 0 {
+                held.remove(&self.cluster);
+            }
+        }
+    }
 }
 
 impl Connected for Connection {

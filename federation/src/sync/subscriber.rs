@@ -1,5 +1,5 @@
 //! The clients of peer sync: one for each peer. Each dials the peer's federation over a gateway of this
-//! cluster, resumes where it is, applies what comes, makes it durable and only then acknowledges it.
+//! cluster, resumes where it is, applies what comes, and acknowledges what has been made durable.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -26,6 +26,7 @@ use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use super::STREAM_SILENCE_MAX;
+use super::keeping::{Durable, Keeping};
 use super::wire::from_wire;
 use crate::hub::{HubGone, HubHandle, Reach, SyncEnds, View};
 use crate::store::StoreError;
@@ -210,22 +211,24 @@ impl Subscriber {
         let mut client = PeerSyncClient::new(channel);
         let subscribed = client.subscribe(ReceiverStream::new(outgoing));
         let mut updates = timeout(STREAM_SILENCE_MAX, subscribed).await.map_err(|_| StreamEnded::Silent)??.into_inner();
+        let mut keeping = Keeping::new(self.hub.clone(), cluster.clone());
         loop {
-            let run = next_run(&mut updates).await?;
-            if !*taken {
-                tracing::info!(%cluster, from = %position, "peer sync runs");
-                *taken = true;
-            }
-            let messages = run.into_iter().map(from_wire).collect();
-            let applied = self.hub.sync_received(cluster.clone(), messages).await?;
-            let news = applied.keep.is_some() || applied.refused.is_some();
-            if let Some(import) = applied.keep {
-                self.hub.keep(cluster, *import).await?;
-            }
-            if let Some(position) = applied.position.filter(|_| news) {
-                let refused = applied.refused.unwrap_or_default().chars().take(REFUSED_LEN_MAX).collect();
-                let ack = wire::Ack { epoch: position.epoch, revision: position.revision, refused };
-                send(&requests, Kind::Ack(ack)).await?;
+            tokio::select! {
+                run = next_run(&mut updates) => {
+                    let run = run?;
+                    if !*taken {
+                        tracing::info!(%cluster, from = %position, "peer sync runs");
+                        *taken = true;
+                    }
+                    let messages = run.into_iter().map(from_wire).collect();
+                    keeping.take(self.hub.sync_received(cluster.clone(), messages).await?);
+                }
+                durable = keeping.next() => {
+                    let Durable { position, refused } = durable?;
+                    let refused = refused.unwrap_or_default().chars().take(REFUSED_LEN_MAX).collect();
+                    let ack = wire::Ack { epoch: position.epoch, revision: position.revision, refused };
+                    send(&requests, Kind::Ack(ack)).await?;
+                }
             }
         }
     }

@@ -4,9 +4,11 @@
 
 use std::sync::Arc;
 
+use futures::FutureExt;
 use tombolo_api::proto::peer as wire;
 use tombolo_api::proto::peer::peer_sync_client::PeerSyncClient;
 use tombolo_core::id::{Position, SpiffeId};
+use tombolo_core::import::Import;
 use tombolo_core::model::Freshness;
 use tombolo_core::publish::{Change, Roots, Update};
 use tombolo_core::refusal::Refusal;
@@ -14,9 +16,10 @@ use tombolo_core::sni::LegTarget;
 use tombolo_leg::Alpn;
 use tombolo_leg::dial::{Dialer, LegRequest, Via};
 
+use super::keeping::{Durable, Keeping};
 use super::subscriber::channel_over;
 use super::wire::roots_of;
-use crate::hub::PeerMessage;
+use crate::hub::{PeerMessage, SyncApplied};
 use crate::testing::{Addresses, Federation, service, until};
 
 /// East and west, peered both ways, each letting in what the other exports.
@@ -179,20 +182,82 @@ async fn nobody_but_a_peers_federation_may_subscribe() {
     assert!(refusals.count(Refusal::UnknownTrustDomain) + refusals.count(Refusal::WrongRole) >= 3);
 }
 
-/// Subscribes to `to` as `claimed`; the reason when that is refused.
-async fn subscribe(dialer: &Dialer, to: &Federation, claimed: &str) -> Result<(), String> {
-    let address = to.addresses.lock().unwrap()[&to.cluster].to_string();
-    let request = LegRequest {
+#[tokio::test]
+async fn what_changes_while_it_is_written_is_written_together() {
+    let (east, west) = pair().await;
+    let at = |revision| Position { epoch: 9, revision };
+    let applied = |revision: Option<u64>, keep: bool, refused: Option<&str>| SyncApplied {
+        position: revision.map(at),
+        keep: keep.then(|| Box::new(Import::new(west.trust_domain.clone()))),
+        refused: refused.map(Into::into),
+    };
+    let mut keeping = Keeping::new(east.hub.clone(), west.cluster.clone());
+    assert!(keeping.next().now_or_never().is_none(), "there is nothing");
+    keeping.take(applied(Some(1), true, None));
+    keeping.take(applied(Some(1), false, None));
+    assert!(keeping.next().now_or_never().is_none(), "the write has begun");
+    keeping.take(applied(Some(2), true, Some("no")));
+    keeping.take(applied(Some(3), true, None));
+    assert_eq!(keeping.next().await.unwrap(), Durable { position: at(1), refused: None });
+    assert_eq!(keeping.next().await.unwrap(), Durable { position: at(3), refused: Some("no".into()) });
+    assert!(keeping.next().now_or_never().is_none());
+    // In the middle of a snapshot nothing is acknowledged.
+    keeping.take(applied(None, false, None));
+    assert!(keeping.next().now_or_never().is_none());
+    // What changed nothing but was refused needs no write.
+    keeping.take(applied(Some(4), false, Some("why")));
+    assert_eq!(keeping.next().await.unwrap(), Durable { position: at(4), refused: Some("why".into()) });
+}
+
+#[tokio::test]
+async fn a_peer_that_takes_all_its_legs_takes_none_of_another() {
+    let addresses = Addresses::default();
+    let west = Federation::start("west", &addresses).await;
+    let (east, north) = (Federation::start("east", &addresses).await, Federation::start("north", &addresses).await);
+    for peer in [&east, &north] {
+        west.peer(peer, "").await;
+    }
+    // Trust alone, so that no subscription of their own is among the legs.
+    let dialer = |peer: &Federation| {
+        peer.trust.replace_all(vec![tombolo_trust::store::ClusterBundle {
+            cluster: west.cluster.clone(),
+            bundle: west.ca.bundle(),
+        }]);
+        Dialer::new(peer.svid.clone(), peer.trust.clone())
+    };
+    let (of_east, of_north) = (dialer(&east), dialer(&north));
+    let refusals = west.metrics.refusals("federation");
+    let mut held = Vec::new();
+    for _ in 0..6 {
+        held.push(of_east.dial(sync_leg(&west)).await.unwrap());
+    }
+    until("the fifth and the sixth are refused", || refusals.count(Refusal::Overloaded) == 2).await;
+    subscribe(&of_north, &west, "north").await.unwrap();
+    assert!(subscribe(&of_east, &west, "east").await.is_err());
+    held.clear();
+    // Its own room is there again.
+    let deadline = tokio::time::Instant::now() + crate::testing::DEADLINE;
+    while let Err(error) = subscribe(&of_east, &west, "east").await {
+        assert!(tokio::time::Instant::now() < deadline, "{error}");
+    }
+}
+
+fn sync_leg(to: &Federation) -> LegRequest {
+    LegRequest {
         target: LegTarget::federation(to.cluster.clone()),
         trust_domain: to.trust_domain.clone(),
         server_ids: Arc::default(),
-        via: Via::Direct(address),
+        via: Via::Direct(to.addresses.lock().unwrap()[&to.cluster].to_string()),
         alpn: Alpn::H2,
         trace: None,
         tracestate: None,
         deadline: crate::testing::DEADLINE,
-    };
-    let leg = dialer.dial(request).await.map_err(|error| error.to_string())?;
+    }
+}
+
+/// Subscribes to `to` as `claimed`; the reason when that is refused.
+async fn subscribe(dialer: &Dialer, to: &Federation, claimed: &str) -> Result<(), String> {
+    let leg = dialer.dial(sync_leg(to)).await.map_err(|error| error.to_string())?;
     let channel = channel_over(leg).await.map_err(|error| error.to_string())?;
     let hello = wire::Hello { cluster: claimed.into(), ..Default::default() };
     let hello = wire::SubscribeRequest { kind: Some(wire::subscribe_request::Kind::Hello(hello)) };
