@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -16,13 +17,15 @@ use tombolo_runtime::config::{self, Problem, Validate};
 use tombolo_runtime::drain::{DrainWatch, drain};
 use tombolo_runtime::logging::{self, LogConfig};
 use tombolo_runtime::process::{Process, announced};
-use tombolo_runtime::telemetry::TelemetryConfig;
+use tombolo_runtime::telemetry::{TelemetryConfig, Tracer};
 
 use crate::args::StartRole;
 use crate::operator::client;
 use crate::operator::join::write_token;
 use crate::role::{RoleConfig, configuration, raise_file_limit, until_drained};
 
+/// Where only this process's own roles come: they tell each other which port it became.
+const ANY_PORT: &str = "127.0.0.1:0";
 /// How long the federation may take until the other roles can join it.
 const FEDERATION_START_MAX: Duration = Duration::from_secs(30);
 
@@ -110,14 +113,28 @@ pub fn run(start: StartRole) -> anyhow::Result<()> {
     tombolo_runtime::block_on(start.workers, async move {
         let (trigger, watch) = drain();
         let signals = tokio::spawn(trigger.drain_on_signal(config.drain_deadline));
-        until_drained(run_all(config, federation, watch), signals).await
+        let tracers = Tracers::default();
+        let outcome = until_drained(run_all(config, federation, watch, &tracers), signals).await;
+        let tracers = std::mem::take(&mut *tracers.lock().expect("nothing panics while it notes a tracer"));
+        for tracer in tracers {
+            tracer.shutdown().await;
+        }
+        outcome
     })?
 }
 
-async fn run_all(config: AgentConfig, federation: tombolo_federation::Config, drain: DrainWatch) -> anyhow::Result<()> {
+/// Those of the roles, whose last spans are to be sent at the end.
+type Tracers = Mutex<Vec<Tracer>>;
+
+async fn run_all(
+    config: AgentConfig,
+    federation: tombolo_federation::Config,
+    drain: DrainWatch,
+    tracers: &Tracers,
+) -> anyhow::Result<()> {
     let state = federation.state.clone();
-    let process = process("federation", &federation, &drain)?;
-    let federation = tombolo_federation::run(federation, process);
+    let process = process("federation", &federation, &drain, tracers)?;
+    let federation = async { tombolo_federation::run(federation, process).await.context("federation") };
     let others = async {
         let discovery = federation_address(&state).await?;
         let mut roles = FuturesUnordered::new();
@@ -128,14 +145,19 @@ async fn run_all(config: AgentConfig, federation: tombolo_federation::Config, dr
             JoinAddRequest { role: "gateway".into(), instance: gateway.id.to_string(), ..once() },
         )
         .await?;
-        let process = self::process("gateway", &gateway, &drain)?;
-        roles.push(futures::future::Either::Left(tombolo_gateway::run(gateway, process)));
+        let process = self::process("gateway", &gateway, &drain, tracers)?;
+        let gateway = async { tombolo_gateway::run(gateway, process).await.context("gateway") };
+        roles.push(futures::future::Either::Left(gateway));
         for workload in &config.workloads {
             let sidecar = config.sidecar_config(workload, discovery)?;
             let identity = format!("ns/{}/sa/{}", workload.namespace, workload.service_account);
             join(&state, &sidecar.state, JoinAddRequest { workload: identity, ..once() }).await?;
-            let process = self::process("sidecar", &sidecar, &drain)?;
-            roles.push(futures::future::Either::Right(tombolo_sidecar::run(sidecar, process)));
+            let process = self::process("sidecar", &sidecar, &drain, tracers)?;
+            let sidecar = async move {
+                let instance = sidecar.instance.clone();
+                tombolo_sidecar::run(sidecar, process).await.with_context(|| format!("sidecar {instance}"))
+            };
+            roles.push(futures::future::Either::Right(sidecar));
         }
         while let Some(outcome) = roles.next().await {
             outcome?;
@@ -143,12 +165,14 @@ async fn run_all(config: AgentConfig, federation: tombolo_federation::Config, dr
         }
         anyhow::Ok(())
     };
-    let (federation, others) = tokio::join!(Box::pin(federation), Box::pin(others));
-    federation.and(others)
+    // The first that fails ends them all: half an agent would only look alive.
+    tokio::try_join!(Box::pin(federation), Box::pin(others)).map(drop)
 }
 
-fn process<C: RoleConfig>(role: &str, config: &C, drain: &DrainWatch) -> anyhow::Result<Process> {
-    Ok(Process::new(role, &config.attributes(), config.telemetry(), drain.clone())?)
+fn process<C: RoleConfig>(role: &str, config: &C, drain: &DrainWatch, tracers: &Tracers) -> anyhow::Result<Process> {
+    let process = Process::new(role, &config.attributes(), config.telemetry(), drain.clone())?;
+    tracers.lock().expect("nothing panics while it notes a tracer").push(process.tracer.clone());
+    Ok(process)
 }
 
 /// A join entry for one key, redeemed by this process at once.
@@ -189,6 +213,7 @@ impl AgentConfig {
             "cluster": self.cluster,
             "state": self.state.join("federation"),
             "source": { "directory": self.directory },
+            "discovery": ANY_PORT,
             "drainDeadline": humantime::format_duration(self.drain_deadline).to_string(),
             "telemetry": self.telemetry,
         })
@@ -197,6 +222,8 @@ impl AgentConfig {
     fn gateway_config(&self, discovery: SocketAddr) -> anyhow::Result<tombolo_gateway::Config> {
         let mut document = self.joined("gateway", discovery);
         document["id"] = json!("gateway");
+        document["ingress"] = json!(ANY_PORT);
+        document["watch"] = json!(ANY_PORT);
         part("gateway", document, &self.gateway)
     }
 
@@ -204,6 +231,7 @@ impl AgentConfig {
         let instance = workload.instance_name()?;
         let mut document = self.joined(&format!("sidecar-{instance}"), discovery);
         document["instance"] = json!(instance);
+        document["inbound"] = json!(ANY_PORT);
         part("workloads[].sidecar", document, &workload.sidecar)
     }
 
@@ -214,7 +242,7 @@ impl AgentConfig {
             "join": state.join("join"),
             "state": state,
             "federation": { "address": discovery, "ca": self.state.join("federation").join("ca.pem") },
-            "admin": "127.0.0.1:0",
+            "admin": ANY_PORT,
             "drainDeadline": humantime::format_duration(self.drain_deadline).to_string(),
             "telemetry": self.telemetry,
         })

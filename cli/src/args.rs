@@ -86,7 +86,7 @@ fn parse_set(text: &str) -> Result<(String, String), String> {
 /// Where the federation of this cluster listens for its operator.
 #[derive(Args)]
 pub struct Socket {
-    /// State directory of the federation; its operator socket is in there
+    /// State directory of the federation, or of the agent; the operator socket is in there
     #[arg(long, env = "TOMBOLO_STATE", default_value = "/var/lib/tombolo", value_name = "DIR")]
     pub state: PathBuf,
 }

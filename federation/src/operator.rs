@@ -229,14 +229,13 @@ fn of_peering(error: PeeringError) -> Status {
     let code = match &error {
         PeeringError::Token(_) | PeeringError::Address(_) | PeeringError::Create(_) => Code::InvalidArgument,
         PeeringError::UnknownPeer(_) => Code::NotFound,
-        PeeringError::Unreachable { .. }
-        | PeeringError::Silent { .. }
-        | PeeringError::NoGateway
-        | PeeringError::Command(_)
-        | PeeringError::Gone(_) => Code::Unavailable,
+        PeeringError::Gone(_) => Code::Unavailable,
+        PeeringError::Unreachable { .. } | PeeringError::Silent { .. } => Code::Aborted,
         PeeringError::RefusedThere { .. } => Code::PermissionDenied,
         PeeringError::Store(_) => Code::Internal,
-        PeeringError::Expired(_)
+        PeeringError::NoGateway
+        | PeeringError::Command(_)
+        | PeeringError::Expired(_)
         | PeeringError::OwnToken
         | PeeringError::NoAddress
         | PeeringError::NoAddressInToken

@@ -11,9 +11,10 @@ use tonic::transport::{Channel, Endpoint};
 
 pub type Operator = OperatorClient<Channel>;
 
-/// Connects to the federation whose state is in `state`.
+/// Connects to the federation whose state is in `state`, or in its folder `federation`, as an agent has it.
 pub async fn connect(state: &Path) -> anyhow::Result<Operator> {
-    let socket: PathBuf = state.join("operator.sock");
+    let [own, agents]: [PathBuf; 2] = ["operator.sock", "federation/operator.sock"].map(|path| state.join(path));
+    let socket = if !own.exists() && agents.exists() { agents } else { own };
     // Asking once here gives the operating system's reason, which the channel below would hide.
     UnixStream::connect(&socket).await.with_context(|| {
         format!(
