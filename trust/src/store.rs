@@ -2,8 +2,8 @@
 //! without a lock. Each domain's bundle verifies that domain's identities and no others.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
@@ -251,12 +251,13 @@ impl TrustSnapshot {
         usage: Usage,
         now: UnixTime,
     ) -> Result<SpiffeId, Refused> {
-        let id = read_leaf(chain)?.id;
+        let leaf = read_leaf(chain)?;
+        let id = leaf.id;
         let Some(domain) = self.domains.get(id.trust_domain()) else {
             let detail = "no bundle is held for the trust domain";
             return Err(Refused { refusal: Refusal::UnknownTrustDomain, detail });
         };
-        domain.anchors.verify(chain, usage, now)?;
+        domain.anchors.verify_once(chain, (leaf.not_before, leaf.not_after), usage, now)?;
         if self.revoked.contains(&id) {
             return Err(Refused { refusal: Refusal::Revoked, detail: "the identity was revoked" });
         }
@@ -264,12 +265,32 @@ impl TrustSnapshot {
     }
 }
 
+/// Leaves whose signature is known to be good, at most. Only what a root of the domain has issued gets in.
+const VERIFIED_MAX: usize = 512;
+
 /// The roots of one domain, read once.
 #[derive(Debug)]
 pub(crate) struct Anchors {
     anchors: Vec<TrustAnchor<'static>>,
     /// When each of them is valid.
     validity: Vec<(UnixTime, UnixTime)>,
+    /// Leaves (DER) that have verified against all of these roots, for which uses.
+    verified: Mutex<HashMap<Vec<u8>, Uses>>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Uses {
+    client: bool,
+    server: bool,
+}
+
+impl Uses {
+    fn of(&mut self, usage: Usage) -> &mut bool {
+        match usage {
+            Usage::Client => &mut self.client,
+            Usage::Server => &mut self.server,
+        }
+    }
 }
 
 impl Anchors {
@@ -281,7 +302,37 @@ impl Anchors {
             Some((anchor, (read.not_before, read.not_after)))
         };
         let (anchors, validity) = roots.iter().filter_map(anchor).unzip();
-        Self { anchors, validity }
+        Self { anchors, validity, verified: Mutex::default() }
+    }
+
+    /// As [`Anchors::verify`], but a leaf that a root itself has issued has its signature checked once: peers
+    /// show the same one at each handshake. Time counts each time; who holds the leaf's key is for the handshake.
+    fn verify_once(
+        &self,
+        chain: &[CertificateDer<'_>],
+        leaf_validity: (UnixTime, UnixTime),
+        usage: Usage,
+        now: UnixTime,
+    ) -> Result<(), Refused> {
+        let within = |(from, until): &(UnixTime, UnixTime)| *from <= now && now <= *until;
+        let [leaf] = chain else { return self.verify(chain, usage, now) };
+        if !within(&leaf_validity) || !self.validity.iter().all(within) {
+            return self.verify(chain, usage, now);
+        }
+        if self.verified().get_mut(&**leaf).is_some_and(|uses| *uses.of(usage)) {
+            return Ok(());
+        }
+        self.verify(chain, usage, now)?;
+        let mut verified = self.verified();
+        if verified.len() >= VERIFIED_MAX && !verified.contains_key(&**leaf) {
+            verified.clear();
+        }
+        *verified.entry(leaf.to_vec()).or_default().of(usage) = true;
+        Ok(())
+    }
+
+    fn verified(&self) -> MutexGuard<'_, HashMap<Vec<u8>, Uses>> {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Those in their validity, which webpki takes for granted.

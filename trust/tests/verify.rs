@@ -154,6 +154,32 @@ fn an_expired_root_verifies_nothing() {
 }
 
 #[test]
+fn what_has_verified_before_is_judged_again() {
+    let (east, other_east) = (Forger::new("east"), Forger::new("east"));
+    let chain = east.leaf("ns/shop/sa/web", |p| {
+        valid(p, -100, 100);
+        p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    });
+    let chain = chain.chain;
+    let store = store(&[("east", east.bundle(1))]);
+    let now = UnixTime::now();
+    let at = |seconds: u64| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+    let verify_at = |time| store.snapshot().verify(&chain, Usage::Client, time).map(drop);
+    for _ in 0..2 {
+        assert_eq!(verify_at(now), Ok(()));
+        assert_eq!(verify(&store, &chain, Usage::Server), Err(Refusal::BadCertificate));
+        assert_eq!(verify_at(at(now.as_secs() + 200)), Err(Refusal::Expired));
+        assert_eq!(verify_at(at(now.as_secs() - 200)), Err(Refusal::Expired));
+    }
+    store.set_revoked([WEB.parse().unwrap()].into());
+    assert_eq!(verify_at(now), Err(Refusal::Revoked));
+    store.set_revoked([].into());
+    assert_eq!(verify_at(now), Ok(()));
+    assert_eq!(store.replace_all(cluster_bundles(&[("east", other_east.bundle(2))])), []);
+    assert_eq!(verify_at(now), Err(Refusal::BadCertificate));
+}
+
+#[test]
 fn no_roots_means_that_everything_is_revoked() {
     let east = Forger::new("east");
     let chain = east.leaf("ns/shop/sa/web", |_| {}).chain;
