@@ -21,6 +21,7 @@ use tombolo_core::refusal::Refusal;
 
 use super::body::{Pumped, RecvBody, StreamError, pump};
 use super::driver::{Driver, Heard, LegHealth, Shared};
+use super::records::Records;
 use super::{BULK_FROM, BoxError, FRAME_MAX, HEADERS_MAX, HttpLimits, SEND_BUFFER, expect};
 use crate::dial::Leg;
 use crate::status::Crossing;
@@ -99,7 +100,7 @@ impl HttpLeg {
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let shared = Shared::new(rtt);
-        let io = Heard { io: stream, shared: shared.clone() };
+        let io = Heard { io: Records::new(stream), shared: shared.clone() };
         let (sender, connection) = h2::client::Builder::new()
             .enable_push(false)
             .initial_window_size(limits.stream_window)

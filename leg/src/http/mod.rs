@@ -9,6 +9,7 @@ mod client;
 mod driver;
 mod expect;
 pub mod headers;
+mod records;
 mod server;
 pub mod upgrade;
 

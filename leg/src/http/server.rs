@@ -17,6 +17,7 @@ use tombolo_core::refusal::Refusal;
 
 use super::body::{Pumped, RecvBody, pump, reset_reason};
 use super::expect::ContinueSignal;
+use super::records::Records;
 use super::{BoxError, FRAME_MAX, HEADERS_MAX, HttpLimits, SEND_BUFFER, expect};
 use crate::accept::{AcceptedLeg, LegIdentity};
 
@@ -72,7 +73,7 @@ where
         .max_frame_size(FRAME_MAX)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_connect_protocol()
-        .handshake::<_, Bytes>(stream);
+        .handshake::<_, Bytes>(Records::new(stream));
     let mut connection = timeout(PREFACE_MAX, handshake).await.map_err(|_| ServeError::PrefaceTimeout)??;
     // Pinned once: to make them anew for each request would register with both tokens each time.
     let (mut drain, mut abort) = (pin!(options.drain.cancelled()), pin!(options.abort.cancelled()));
