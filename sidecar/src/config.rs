@@ -214,6 +214,8 @@ pub struct LimitsConfig {
     pub requests_per_leg: u32,
     /// Shared inner legs for one endpoint.
     pub legs_per_endpoint: usize,
+    /// Inner legs for opaque connections that are dialled ahead for an endpoint in use; 0 for none.
+    pub warm_legs: usize,
     /// From dialling to the end of the handshake of an inner leg.
     #[serde(with = "humantime_serde")]
     pub connect_timeout: Duration,
@@ -235,6 +237,7 @@ impl Default for LimitsConfig {
             services: 1_024,
             requests_per_leg: 64,
             legs_per_endpoint: 8,
+            warm_legs: 4,
             connect_timeout: Duration::from_secs(2),
             leg_idle: Duration::from_secs(90),
             discovery_wait: Duration::from_secs(2),

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -269,7 +270,7 @@ async fn many_requests_share_one_connection_and_one_leg() {
         });
     }
     assert!(bounded(requests.join_all()).await.iter().all(|status| *status == 200));
-    assert_eq!(world.local.legs.load(std::sync::atomic::Ordering::SeqCst), 1);
+    assert_eq!(world.local.legs.load(Ordering::SeqCst), 1);
 }
 
 async fn read_line(connection: &mut BufReader<TcpStream>) -> String {
@@ -315,6 +316,46 @@ async fn opaque_connections_fail_over_before_their_first_byte() {
     let mut connection = TcpStream::connect(listener).await.unwrap();
     let error = bounded(connection.read(&mut [0; 1])).await.unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn legs_for_opaque_connections_stand_ahead_of_them() {
+    let world = World::new().await;
+    let listener = world.listener("web.shop:5432").await;
+    let legs = || world.local.legs.load(Ordering::SeqCst);
+    for connections in 1..4 {
+        let mut connection = BufReader::new(TcpStream::connect(listener).await.unwrap());
+        assert_eq!(read_line(&mut connection).await, "hello from east\n");
+        // One for each connection, and at least one more.
+        eventually("another leg stands", || legs() > connections).await;
+        assert!(legs() <= connections + 4, "never more than the limit");
+    }
+    let before = legs();
+    world.east.renew(&world.svid, "shopper");
+    eventually("the legs of the old SVID are replaced", || legs() > before).await;
+}
+
+#[tokio::test]
+async fn no_leg_stands_ahead_where_that_is_turned_off() {
+    let world = World::with("limits: {warmLegs: 0}").await;
+    let listener = world.listener("web.shop:5432").await;
+    for connections in 1..4 {
+        let mut connection = BufReader::new(TcpStream::connect(listener).await.unwrap());
+        assert_eq!(read_line(&mut connection).await, "hello from east\n");
+        assert_eq!(world.local.legs.load(Ordering::SeqCst), connections);
+    }
+}
+
+#[tokio::test]
+async fn legs_that_turn_out_to_be_gone_are_passed_over() {
+    let world = World::new().await;
+    let listener = world.listener("web.shop:5432").await;
+    let mut connection = BufReader::new(TcpStream::connect(listener).await.unwrap());
+    assert_eq!(read_line(&mut connection).await, "hello from east\n");
+    eventually("another leg stands", || world.local.legs.load(Ordering::SeqCst) > 1).await;
+    world.local.feel(Mood::Breaks);
+    let mut connection = BufReader::new(TcpStream::connect(listener).await.unwrap());
+    assert_eq!(read_line(&mut connection).await, "hello from west\n");
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 //! - [`listener`] accepts connections; [`http`] carries requests, [`tunnel`] opaque bytes.
 //! - [`services`] knows the services in use, [`route`] picks an endpoint of one port and learns from how
 //!   tries end (decisions in `tombolo_core::{routing, outlier, retry}`).
-//! - [`dial`] makes legs through [`gateways`], [`pool`] shares them, [`upkeep`] tends all of it.
+//! - [`dial`] makes legs through [`gateways`], [`pool`] shares them, [`warm`] dials opaque ones ahead, [`upkeep`] tends all of it.
 //!
 //! The names that are accepted, CONNECT included, are `<service>.<namespace>.svc.clusterset.local[:port]`.
 //! CONNECT always carries opaque bytes, to an HTTP port too: what runs inside is not ours to read.
@@ -25,6 +25,7 @@ mod state;
 mod switch;
 pub mod tunnel;
 pub mod upkeep;
+pub mod warm;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -78,6 +79,7 @@ impl Outbound {
             gateways: gateways.clone(),
             observed: observed.clone(),
             pool,
+            warm_legs: limits.warm_legs,
             outlier: OutlierConfig::default(),
             retry_share: retry.budget,
             base: Instant::now(),

@@ -17,6 +17,7 @@ use tombolo_leg::discovery::{ServiceView, ShareView};
 use super::gateways::{Gateways, PeerReach};
 use super::observe::{Observed, TargetCounters};
 use super::pool::{Pool, PoolLimits};
+use super::warm::WarmLegs;
 
 /// What a route needs from its surroundings.
 #[derive(Clone)]
@@ -24,6 +25,7 @@ pub struct Surroundings {
     pub gateways: Gateways,
     pub observed: Observed,
     pub pool: PoolLimits,
+    pub warm_legs: usize,
     pub outlier: OutlierConfig,
     pub retry_share: f64,
     /// From which times are counted in this process.
@@ -68,6 +70,7 @@ pub struct Target {
     /// Where a local endpoint's sidecar accepts inner legs.
     pub address: Option<String>,
     pub pool: Pool,
+    pub warm: WarmLegs,
     pub counters: TargetCounters,
     ready: AtomicBool,
     /// Requests and connections under way.
@@ -303,6 +306,7 @@ impl Route {
             server_ids: ids.clone(),
             address,
             pool: Pool::new(self.around.pool),
+            warm: WarmLegs::new(self.around.warm_legs),
             ready: AtomicBool::new(ready),
             in_flight: AtomicU32::new(0),
             waiting: AtomicU32::new(0),

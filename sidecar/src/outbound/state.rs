@@ -34,6 +34,7 @@ fn route_state(route: &Route) -> Value {
             "standing": endpoint.standing,
             "requests": target.load(),
             "legs": target.pool.legs(),
+            "warmLegs": target.warm.standing(),
             "address": target.address,
             "serverIds": target.server_ids,
         })

@@ -18,7 +18,7 @@ use tombolo_core::routing::{EndpointKey, PickReason};
 use tombolo_core::trace::TraceParent;
 use tombolo_leg::Alpn;
 use tombolo_leg::dial::Leg;
-use tombolo_leg::opaque::{self, CopyEnd, Open};
+use tombolo_leg::opaque::{self, CopyEnd, Open, OpenError};
 use tombolo_runtime::telemetry::{Kind, Span};
 
 use super::body::ResponseBody;
@@ -26,7 +26,7 @@ use super::http::{Caller, Failure, no_endpoint, not_sent, remember};
 use super::observe::Counted;
 use super::refuse::Refused;
 use super::route::{Flight, Route, Target};
-use super::{Outbound, dial::Blame, explain};
+use super::{Outbound, dial::Blame, explain, warm};
 
 /// A leg whose far application has accepted.
 pub struct Opened {
@@ -135,32 +135,51 @@ pub async fn open(
     }
 }
 
+/// One endpoint: over legs that stand already, as long as they turn out to be gone, then over a new one.
 async fn open_once(
     outbound: &Arc<Outbound>,
     target: &Arc<Target>,
     caller: &Caller,
     trace: Option<TraceParent>,
 ) -> Result<Leg, Failure> {
-    let mut leg = outbound.dialer.dial(target, Alpn::Tcp, trace).await.map_err(not_sent)?.leg;
     let message = Open { port: target.port, client_address: Some(caller.address), trace, tracestate: None };
-    let answer = tokio::time::timeout(outbound.connect_timeout, opaque::open(&mut leg.stream, &message)).await;
-    let (refusal, detail) = match answer {
-        Ok(Ok(())) => return Ok(leg),
-        Ok(Err(error)) => (error.refusal, error.detail),
-        Err(_) => (Refusal::Timeout, "the far sidecar did not answer in time".to_owned()),
-    };
+    target.warm.handle_use(Instant::now());
+    while let Some(leg) = target.warm.take(outbound.dialer.stamp()) {
+        match open_leg(outbound, leg, &message).await {
+            Ok(leg) => {
+                warm::replenish(&outbound.dialer, target);
+                return Ok(leg);
+            }
+            Err(error) if error.refusal == Refusal::ConnectionLost && !error.refused => {}
+            Err(error) => return Err(open_failed(target, error)),
+        }
+    }
+    let leg = outbound.dialer.dial(target, Alpn::Tcp, trace).await.map_err(not_sent)?.leg;
+    let leg = open_leg(outbound, leg, &message).await.map_err(|error| open_failed(target, error))?;
+    warm::replenish(&outbound.dialer, target);
+    Ok(leg)
+}
+
+async fn open_leg(outbound: &Outbound, mut leg: Leg, message: &Open) -> Result<Leg, OpenError> {
+    match tokio::time::timeout(outbound.connect_timeout, opaque::open(&mut leg.stream, message)).await {
+        Ok(answer) => answer.map(|()| leg),
+        Err(_) => Err(OpenError {
+            refusal: Refusal::Timeout,
+            detail: "the far sidecar did not answer in time".to_owned(),
+            refused: false,
+        }),
+    }
+}
+
+fn open_failed(target: &Target, OpenError { refusal, detail, .. }: OpenError) -> Failure {
     let detail = format!("endpoint {} in {}: {detail}", target.key.endpoint, target.key.cluster);
     let outcome = match refusal {
         // It is this caller that is not wanted; the endpoint is well.
         Refusal::IdentityDenied | Refusal::NotExported | Refusal::Revoked => None,
         _ => Some(Outcome::Refused),
     };
-    Err(Failure {
-        progress: Progress::NotSent,
-        refused: Refused::new(refusal, detail),
-        outcome,
-        blame: Blame::Endpoint,
-    })
+    let refused = Refused::new(refusal, detail);
+    Failure { progress: Progress::NotSent, refused, outcome, blame: Blame::Endpoint }
 }
 
 /// Copies until both sides are done; a reset of one becomes a reset of the other.

@@ -22,6 +22,7 @@ use tombolo_trust::svid::SvidSource;
 use super::Outbound;
 use super::gateways::PeerReach;
 use super::route::{Route, Target};
+use super::warm;
 
 /// How often ejections and hangs are looked at while there are requests.
 const STEP: Duration = Duration::from_millis(100);
@@ -65,6 +66,10 @@ fn sweep(outbound: &Outbound, routes: &[Arc<Route>]) {
             dialled.gateway.as_ref().is_some_and(|gateway| outbound.gateways.is_draining(gateway))
         };
         target.pool.sweep(stamp, leaving);
+        target.warm.sweep(stamp, Instant::now(), |gateway| outbound.gateways.is_draining(gateway));
+        if !outbound.drain.is_draining() {
+            warm::replenish(&outbound.dialer, &target);
+        }
     }
 }
 
@@ -72,6 +77,7 @@ fn sweep(outbound: &Outbound, routes: &[Arc<Route>]) {
 fn check_trust(outbound: &Outbound) {
     for target in outbound.services.routes().iter().flat_map(|route| route.live().targets.clone()) {
         target.pool.check_trust(outbound.dialer.trust());
+        target.warm.keep(outbound.dialer.stamp());
     }
 }
 

@@ -151,10 +151,7 @@ impl Far {
                             };
                             let _ = serve(leg, Serve::default(), service).await;
                         }
-                        Alpn::Tcp => {
-                            let mood = *mood.lock().unwrap();
-                            opaque_app(name, mood, leg).await;
-                        }
+                        Alpn::Tcp => opaque_app(name, &mood, leg).await,
                     }
                 });
             }
@@ -249,13 +246,18 @@ async fn app(name: &'static str, mood: Mood, requests: Arc<AtomicU32>, request: 
 }
 
 /// Speaks first, then echoes until the end of what comes; `reset` is answered with a reset.
-async fn opaque_app(name: &str, mood: Mood, leg: AcceptedLeg) {
+async fn opaque_app(name: &str, mood: &Mutex<Mood>, leg: AcceptedLeg) {
     let mut stream = leg.stream;
     let Ok(Some(_open)) = opaque::accept_open(&mut stream).await else { return };
-    if mood == Mood::AppDead {
-        let _ = opaque::answer(&mut stream, Err(Refusal::AppUnreachable)).await;
-        let _ = stream.shutdown().await;
-        return;
+    let mood = *mood.lock().unwrap();
+    match mood {
+        Mood::AppDead => {
+            let _ = opaque::answer(&mut stream, Err(Refusal::AppUnreachable)).await;
+            let _ = stream.shutdown().await;
+            return;
+        }
+        Mood::Breaks => return,
+        Mood::Well | Mood::Hung => {}
     }
     opaque::answer(&mut stream, Ok(())).await.unwrap();
     stream.write_all(format!("hello from {name}\n").as_bytes()).await.unwrap();
