@@ -3,7 +3,7 @@
 //! Each opaque connection takes a leg of its own, whose handshake crosses every gateway and back. So an endpoint
 //! in use keeps a few that were dialled ahead; its application notices nothing of one until OPEN is sent.
 //! There are as many as the last second took, at least one and at most `limits.warmLegs`; none for an endpoint
-//! that has had no connection for [`WARM_FOR`]. A leg dialled with an older SVID or other trust bundles is
+//! that has had no connection for 15 s. A leg dialled with an older SVID or other trust bundles is
 //! closed, as is one that ends at a gateway that drains.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
