@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tombolo_core::id::GatewayId;
 use tombolo_runtime::config::{Problem, Validate};
+use tombolo_runtime::federation::{FederationConfig, is_host_port};
 use tombolo_runtime::logging::LogConfig;
 use tombolo_runtime::telemetry::TelemetryConfig;
 
@@ -55,16 +56,6 @@ pub struct Config {
     pub log: LogConfig,
     #[serde(with = "humantime_serde", default = "default_drain_deadline")]
     pub drain_deadline: Duration,
-}
-
-/// How to reach this cluster's federation.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct FederationConfig {
-    /// host:port of its discovery and identity service.
-    pub address: String,
-    /// The cluster's root certificate (PEM), which pins the federation.
-    pub ca: PathBuf,
 }
 
 /// Congestion control of the tunnels. Loss-based control starves on a path that loses one packet in a
@@ -151,9 +142,7 @@ impl Validate for Config {
     fn validate(&self) -> Vec<Problem> {
         let mut problems = self.log.problems("log");
         problems.extend(self.telemetry.problems("telemetry"));
-        if !is_host_port(&self.federation.address) {
-            problems.push(Problem::new("federation.address", "write host:port"));
-        }
+        problems.extend(self.federation.problems("federation"));
         for (number, address) in self.advertise.iter().enumerate() {
             if !is_advertisable(address) {
                 problems.push(Problem::new(format!("advertise[{number}]"), "write host:port"));
@@ -216,11 +205,6 @@ impl LimitsConfig {
         }
         problems
     }
-}
-
-fn is_host_port(text: &str) -> bool {
-    let Some((host, port)) = text.rsplit_once(':') else { return false };
-    !host.is_empty() && !host.contains(char::is_whitespace) && port.parse::<u16>().is_ok_and(|port| port != 0)
 }
 
 /// Addresses by prefix, written `10.0.0.0/8`; a bare address names itself.

@@ -4,6 +4,7 @@
 pub mod admin;
 pub mod config;
 pub mod drain;
+pub mod federation;
 pub mod logging;
 pub mod metrics;
 pub mod process;

@@ -9,6 +9,7 @@ use tombolo_core::health::Thresholds;
 use tombolo_core::id::{InstanceName, ServiceName};
 use tombolo_core::model::AppProtocol;
 use tombolo_runtime::config::{Problem, Validate};
+use tombolo_runtime::federation::{FederationConfig, host_port_problem};
 use tombolo_runtime::logging::LogConfig;
 use tombolo_runtime::telemetry::TelemetryConfig;
 
@@ -50,16 +51,6 @@ pub struct Config {
     pub log: LogConfig,
     #[serde(with = "humantime_serde", default = "default_drain_deadline")]
     pub drain_deadline: Duration,
-}
-
-/// How to reach this cluster's federation.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct FederationConfig {
-    /// host:port of its discovery and identity service.
-    pub address: String,
-    /// The cluster's root certificate (PEM), which pins the federation.
-    pub ca: PathBuf,
 }
 
 /// A local port that leads to one port of one service.
@@ -250,9 +241,9 @@ impl Validate for Config {
     fn validate(&self) -> Vec<Problem> {
         let mut problems = self.telemetry.problems("telemetry");
         problems.extend(self.log.problems("log"));
-        address(&mut problems, "federation.address", &self.federation.address);
+        problems.extend(self.federation.problems("federation"));
         if let Some(advertise) = &self.advertise {
-            address(&mut problems, "advertise", advertise);
+            problems.extend(host_port_problem("advertise", advertise));
         } else if self.inbound.ip().is_unspecified() && !self.services.is_empty() {
             let (inbound, port) = (self.inbound, self.inbound.port());
             let reason = format!(
@@ -318,7 +309,7 @@ impl ServiceConfig {
         if self.port == 0 {
             problems.push(Problem::new(format!("{field}.port"), "a port is a number from 1 to 65535"));
         }
-        address(problems, &format!("{field}.app"), &self.app);
+        problems.extend(host_port_problem(&format!("{field}.app"), &self.app));
         let health = &self.health;
         let checks = [health.http.is_some(), health.grpc.is_some(), health.tcp.is_some()];
         if checks.iter().filter(|given| **given).count() > 1 {
@@ -330,15 +321,6 @@ impl ServiceConfig {
         if health.interval.is_zero() || health.timeout.is_zero() {
             problems.push(Problem::new(format!("{field}.health"), "interval and timeout must be above zero"));
         }
-    }
-}
-
-fn address(problems: &mut Vec<Problem>, field: &str, text: &str) {
-    let valid = text
-        .rsplit_once(':')
-        .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0));
-    if !valid {
-        problems.push(Problem::new(field, "write host:port"));
     }
 }
 

@@ -1,0 +1,57 @@
+//! How a role reaches its cluster's federation, and what an address in a configuration has to look like.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Problem;
+
+/// How to reach this cluster's federation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct FederationConfig {
+    /// host:port of its discovery and identity service.
+    pub address: String,
+    /// The cluster's root certificate (PEM), which pins the federation.
+    pub ca: PathBuf,
+}
+
+impl FederationConfig {
+    /// `field` is the path of this part in the file.
+    pub fn problems(&self, field: &str) -> Vec<Problem> {
+        host_port_problem(&format!("{field}.address"), &self.address).into_iter().collect()
+    }
+}
+
+/// Complains about `text` unless it is `host:port`.
+pub fn host_port_problem(field: &str, text: &str) -> Option<Problem> {
+    (!is_host_port(text)).then(|| Problem::new(field, "write host:port"))
+}
+
+/// Whether `text` is a host, by name or address, and a port other than 0.
+pub fn is_host_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else { return false };
+    !host.is_empty() && !host.contains(char::is_whitespace) && port.parse::<u16>().is_ok_and(|port| port != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        for (text, is) in [
+            ("fed.internal:15010", true),
+            ("127.0.0.1:1", true),
+            ("[::1]:15010", true),
+            ("fed.internal", false),
+            (":15010", false),
+            ("fed:0", false),
+            ("fed:70000", false),
+            ("fed internal:1", false),
+            ("", false),
+        ] {
+            assert_eq!(is_host_port(text), is, "{text}");
+        }
+    }
+}
