@@ -7,11 +7,14 @@ use std::io::{self, IoSlice};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
+use futures::FutureExt;
 use quinn::{ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError};
 use tokio::net::TcpStream;
+use tokio::time::{timeout, timeout_at};
+use tombolo_core::stall::Receiver;
 
 use crate::meters::Meters;
-use crate::stalls::{STALLED_AFTER, Stalls};
+use crate::stalls::{Charge, Stalls};
 
 /// Codes of a stream's RESET_STREAM and STOP_SENDING frames.
 pub mod stream_code {
@@ -164,18 +167,20 @@ fn read_end(error: ReadError) -> LegEnd {
 }
 
 async fn out_of_tunnel(leg: &Pumps<'_>, recv: &mut RecvStream) -> Result<(), LegEnd> {
+    let mut sink = Sink { receiver: leg.stalls.receiver(), charge: None };
     let mut first = leg.first_byte_within;
     loop {
         let mut chunks = [const { Bytes::new() }; CHUNKS_MAX];
-        let read = match first.take() {
-            None => recv.read_chunks(&mut chunks).await,
-            Some(within) => match tokio::time::timeout(within, recv.read_chunks(&mut chunks)).await {
-                Ok(read) => read,
-                Err(_) => return Err(LegEnd::Silent),
-            },
+        let waiting = if sink.receiver.lags() { recv.read_chunks(&mut chunks).now_or_never() } else { None };
+        let read = match waiting {
+            Some(read) => read,
+            None => {
+                sink.caught_up();
+                next_chunks(recv, &mut chunks, first.take()).await?
+            }
         };
         match read.map_err(read_end)? {
-            Some(count) => write_all(leg, &mut chunks[..count]).await?,
+            Some(count) => write_all(leg, &mut sink, &mut chunks[..count]).await?,
             None => {
                 // ENOTCONN when the other side is gone: the up direction will say so.
                 let _ = socket2::SockRef::from(leg.tcp).shutdown(std::net::Shutdown::Write);
@@ -185,7 +190,60 @@ async fn out_of_tunnel(leg: &Pumps<'_>, recv: &mut RecvStream) -> Result<(), Leg
     }
 }
 
-async fn write_all(leg: &Pumps<'_>, mut chunks: &mut [Bytes]) -> Result<(), LegEnd> {
+async fn next_chunks(
+    recv: &mut RecvStream,
+    chunks: &mut [Bytes],
+    within: Option<Duration>,
+) -> Result<Result<Option<usize>, ReadError>, LegEnd> {
+    match within {
+        None => Ok(recv.read_chunks(chunks).await),
+        Some(within) => timeout(within, recv.read_chunks(chunks)).await.map_err(|_| LegEnd::Silent),
+    }
+}
+
+/// The receiving end of a leg, and its charge while it is stalled.
+struct Sink {
+    receiver: Receiver,
+    charge: Option<Charge>,
+}
+
+impl Sink {
+    fn caught_up(&mut self) {
+        self.receiver.handle_caught_up();
+        self.charge = None;
+    }
+
+    fn took(&mut self, octets: usize) {
+        if self.receiver.lags() {
+            let now = Instant::now();
+            self.receiver.handle_taken(octets as u64, now);
+            if self.receiver.stalled_since(now).is_none() {
+                self.charge = None;
+            }
+        }
+    }
+
+    /// Waits until TCP takes more; from when it is stalled the wait is charged to the stall budget.
+    async fn writable(&mut self, leg: &Pumps<'_>) -> Result<(), LegEnd> {
+        let now = Instant::now();
+        self.receiver.handle_blocked(now);
+        let stalls_at = self.receiver.stalls_at().expect("it is blocked");
+        if stalls_at > now {
+            if let Ok(ready) = timeout_at(stalls_at.into(), leg.tcp.writable()).await {
+                return ready.map_err(|_| LegEnd::TcpReset);
+            }
+        }
+        let since = self.receiver.stalled_since(Instant::now()).unwrap_or(now);
+        let charge = self.charge.get_or_insert_with(|| leg.stalls.charge(since));
+        tokio::select! {
+            biased;
+            () = charge.reset() => Err(LegEnd::Stalled),
+            ready = leg.tcp.writable() => ready.map_err(|_| LegEnd::TcpReset),
+        }
+    }
+}
+
+async fn write_all(leg: &Pumps<'_>, sink: &mut Sink, mut chunks: &mut [Bytes]) -> Result<(), LegEnd> {
     while !chunks.is_empty() {
         let mut slices = [IoSlice::new(&[]); CHUNKS_MAX];
         for (slice, chunk) in slices.iter_mut().zip(chunks.iter()) {
@@ -195,9 +253,10 @@ async fn write_all(leg: &Pumps<'_>, mut chunks: &mut [Bytes]) -> Result<(), LegE
             Ok(0) => return Err(LegEnd::TcpReset),
             Ok(count) => {
                 leg.meters.out_of_tunnel.inc_by(count as u64);
+                sink.took(count);
                 chunks = advance(chunks, count);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => writable(leg).await?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sink.writable(leg).await?,
             Err(_) => return Err(LegEnd::TcpReset),
         }
     }
@@ -217,17 +276,4 @@ fn advance(chunks: &mut [Bytes], mut count: usize) -> &mut [Bytes] {
         whole += 1;
     }
     &mut chunks[whole..]
-}
-
-/// Waits until TCP takes more; after [`STALLED_AFTER`] the wait is charged to the stall budget.
-async fn writable(leg: &Pumps<'_>) -> Result<(), LegEnd> {
-    let since = Instant::now();
-    if let Ok(ready) = tokio::time::timeout(STALLED_AFTER, leg.tcp.writable()).await {
-        return ready.map_err(|_| LegEnd::TcpReset);
-    }
-    let mut charge = leg.stalls.charge(since);
-    tokio::select! {
-        ready = leg.tcp.writable() => ready.map_err(|_| LegEnd::TcpReset),
-        () = charge.reset() => Err(LegEnd::Stalled),
-    }
 }

@@ -1,19 +1,19 @@
-//! Charges legs whose receiver has stopped reading, and tells the longest-stalled ones to end when the
+//! Charges legs whose receiver has stopped reading or trickles, and tells the longest-stalled ones to end when the
 //! budget is used up.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::oneshot;
-use tombolo_core::stall::StallBudget;
-
-/// A receiver that takes nothing for this long is charged. Shorter waits are ordinary back-pressure.
-pub const STALLED_AFTER: Duration = Duration::from_millis(500);
+use tombolo_core::stall::{Receiver, StallBudget};
 
 /// The stalled legs of this process.
 #[derive(Debug, Clone)]
-pub struct Stalls(Arc<Mutex<Inner>>);
+pub struct Stalls {
+    window: u64,
+    inner: Arc<Mutex<Inner>>,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -25,7 +25,12 @@ struct Inner {
 impl Stalls {
     pub fn new(window: u64, budget: u64) -> Self {
         let budget = StallBudget::new(window, budget);
-        Self(Arc::new(Mutex::new(Inner { budget, resets: BTreeMap::new(), next: 0 })))
+        Self { window, inner: Arc::new(Mutex::new(Inner { budget, resets: BTreeMap::new(), next: 0 })) }
+    }
+
+    /// Watches one receiver, which keeps up so far.
+    pub fn receiver(&self) -> Receiver {
+        Receiver::new(self.window)
     }
 
     /// Charges one leg that has been stalled since `since`, until the charge is dropped.
@@ -50,7 +55,7 @@ impl Stalls {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().expect("nothing panics while it holds the stall budget")
+        self.inner.lock().expect("nothing panics while it holds the stall budget")
     }
 }
 
@@ -84,6 +89,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use futures::FutureExt;
+    use std::time::Duration;
 
     #[test]
     fn the_longest_stalled_leg_is_told_and_charges_are_given_back() {
