@@ -4,6 +4,7 @@
 //! state machine driven by `handle_*`, `poll_event` and `poll_timeout`. The shells (the other
 //! crates) perform what is decided here.
 
+pub mod addresses;
 pub mod authz;
 pub mod backoff;
 pub mod bundle;
