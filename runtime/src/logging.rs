@@ -1,5 +1,7 @@
 //! Logs to standard error: per packet TRACE, per request DEBUG, a change that a user can see INFO,
-//! what should wake someone WARN or ERROR.
+//! what should wake someone WARN or ERROR. What a stranger can cause goes through [`Sparsely`].
+
+mod sparsely;
 
 use std::io::IsTerminal;
 
@@ -8,6 +10,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::Problem;
+
+pub use sparsely::Sparsely;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]

@@ -9,7 +9,7 @@ mod sidecar;
 mod tests;
 mod wire;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,6 +18,7 @@ use tombolo_api::proto::discovery::discovery_server::{Discovery, DiscoveryServer
 use tombolo_core::id::{Role, SpiffeId};
 use tombolo_core::refusal::Refusal;
 use tombolo_runtime::drain::DrainWatch;
+use tombolo_runtime::logging::Sparsely;
 use tombolo_runtime::metrics::Refusals;
 use tombolo_trust::grpc::peer_id;
 use tonic::{Request, Response, Status, Streaming};
@@ -57,8 +58,11 @@ impl DiscoveryService {
             Some(peer) => Ok(peer.id),
         };
         judged.map_err(|refusal| {
+            static LOG: Sparsely = Sparsely::new();
             self.refusals.inc(refusal);
-            tracing::warn!(reason = refusal.code(), "a discovery stream is refused");
+            if let Some(left_out) = LOG.admit(Instant::now()) {
+                tracing::warn!(reason = refusal.code(), left_out, "a discovery stream is refused");
+            }
             Status::permission_denied(refusal.explanation())
         })
     }

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
@@ -28,6 +28,7 @@ use tombolo_leg::Alpn;
 use tombolo_leg::accept::{AcceptedLeg, Acceptor, LegIdentity};
 use tombolo_leg::credentials::Credentials;
 use tombolo_runtime::drain::DrainWatch;
+use tombolo_runtime::logging::Sparsely;
 use tombolo_runtime::metrics::Refusals;
 use tombolo_trust::handshakes::Handshakes;
 use tombolo_trust::store::TrustStore;
@@ -138,8 +139,11 @@ async fn admit(
 }
 
 fn refused(publisher: &Publisher, address: SocketAddr, refusal: Refusal, detail: &str) {
+    static LOG: Sparsely = Sparsely::new();
     publisher.refusals.inc(refusal);
-    tracing::warn!(%address, reason = refusal.code(), detail, "a leg of peer sync is refused");
+    if let Some(left_out) = LOG.admit(Instant::now()) {
+        tracing::warn!(%address, reason = refusal.code(), detail, left_out, "a leg of peer sync is refused");
+    }
 }
 
 /// Who is at the other end of a leg, in the extensions of each request.

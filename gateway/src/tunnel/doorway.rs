@@ -1,7 +1,9 @@
 //! The tunnel port from outside: the handshake, the verdict, and what a connection becomes.
 
+use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, Incoming};
@@ -12,6 +14,7 @@ use tombolo_api::proto::tunnel::control::Kind;
 use tombolo_core::door::{self, ALPN_PEERING, ALPN_TUNNEL, Entry, Verdict};
 use tombolo_core::id::{ClusterId, SpiffeId};
 use tombolo_core::refusal::Refusal;
+use tombolo_runtime::logging::Sparsely;
 use tombolo_trust::handshakes::{Handshakes, Place};
 use tombolo_trust::store::Usage;
 use tombolo_trust::tls::{self, ClientAuth, RootInChain};
@@ -67,8 +70,7 @@ async fn let_in(gateway: Arc<Gateway>, incoming: Incoming, place: Place) {
             outcome.unwrap_or_else(|refusal| refuse(&gateway, &connection, refusal));
         }
         Err(displaced) => {
-            gateway.meters.refused(Refusal::Overloaded);
-            tracing::info!(%address, reason = Refusal::Overloaded.code(), "{displaced}");
+            turned_away(&gateway, address, Refusal::Overloaded, &displaced);
         }
     }
 }
@@ -82,14 +84,11 @@ async fn enter(gateway: &Arc<Gateway>, incoming: Incoming) -> Option<Knocking> {
     let connection = match timeout(STEP_TIMEOUT, incoming).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => {
-            let refusal = refusal_of(&error);
-            gateway.meters.refused(refusal);
-            tracing::info!(%address, reason = refusal.code(), %error, "handshake on the tunnel port failed");
+            turned_away(gateway, address, refusal_of(&error), &error);
             return None;
         }
         Err(_) => {
-            gateway.meters.refused(Refusal::HandshakeTimeout);
-            tracing::info!(%address, reason = Refusal::HandshakeTimeout.code(), "handshake on the tunnel port failed");
+            turned_away(gateway, address, Refusal::HandshakeTimeout, &Refusal::HandshakeTimeout);
             return None;
         }
     };
@@ -116,10 +115,23 @@ async fn enter(gateway: &Arc<Gateway>, incoming: Incoming) -> Option<Knocking> {
     }
 }
 
-fn refuse(gateway: &Gateway, connection: &Connection, refusal: Refusal) {
+/// Counts a handshake that came to nothing; strangers may cause as many as they like.
+fn turned_away(gateway: &Gateway, address: SocketAddr, refusal: Refusal, error: &dyn fmt::Display) {
+    static LOG: Sparsely = Sparsely::new();
     gateway.meters.refused(refusal);
-    let identity = tls::identity_of(&peer_chain(connection)).map(|id| id.to_string()).unwrap_or_default();
-    tracing::info!(address = %connection.remote_address(), identity, reason = refusal.code(), "{}", refusal.explanation());
+    if let Some(left_out) = LOG.admit(Instant::now()) {
+        tracing::info!(%address, reason = refusal.code(), %error, left_out, "handshake on the tunnel port failed");
+    }
+}
+
+fn refuse(gateway: &Gateway, connection: &Connection, refusal: Refusal) {
+    static LOG: Sparsely = Sparsely::new();
+    gateway.meters.refused(refusal);
+    if let Some(left_out) = LOG.admit(Instant::now()) {
+        let identity = tls::identity_of(&peer_chain(connection)).map(|id| id.to_string()).unwrap_or_default();
+        let (address, explanation) = (connection.remote_address(), refusal.explanation());
+        tracing::info!(%address, identity, reason = refusal.code(), left_out, "{explanation}");
+    }
     close_refused(connection, refusal);
 }
 
