@@ -24,18 +24,22 @@ const EDGES: &[(&str, &[&str])] = &[
     ("tombolo-api", &["tombolo-core"]),
     ("tombolo-trust", &["tombolo-api", "tombolo-core"]),
     ("tombolo-leg", &["tombolo-api", "tombolo-core", "tombolo-trust"]),
+    ("tombolo-dns", &["tombolo-core"]),
     ("tombolo-runtime", &["tombolo-core"]),
     ("tombolo-gateway", ROLE),
-    ("tombolo-federation", ROLE),
-    ("tombolo-sidecar", ROLE),
+    ("tombolo-federation", ROLE_WITH_DNS),
+    ("tombolo-sidecar", ROLE_WITH_DNS),
     ("tombolo-testbed", &[]),
     ("tombolo-bench", &["tombolo-testbed"]),
     ("tombolo", ALL),
 ];
 const ROLE: &[&str] = &["tombolo-api", "tombolo-core", "tombolo-leg", "tombolo-runtime", "tombolo-trust"];
+const ROLE_WITH_DNS: &[&str] =
+    &["tombolo-api", "tombolo-core", "tombolo-dns", "tombolo-leg", "tombolo-runtime", "tombolo-trust"];
 const ALL: &[&str] = &[
     "tombolo-api",
     "tombolo-core",
+    "tombolo-dns",
     "tombolo-federation",
     "tombolo-gateway",
     "tombolo-leg",

@@ -23,7 +23,7 @@ fn invalid(kind: &'static str, value: &str, rule: &'static str) -> InvalidName {
 }
 
 /// RFC 1123 label: lower-case letters, digits and inner hyphens, 1 to `length_max` characters.
-fn is_label(text: &str, length_max: usize) -> bool {
+pub(crate) fn is_label(text: &str, length_max: usize) -> bool {
     !text.is_empty()
         && text.len() <= length_max
         && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')

@@ -10,6 +10,7 @@ pub mod backoff;
 pub mod bundle;
 pub mod catalog;
 pub mod conflict;
+pub mod dns;
 pub mod door;
 pub mod freshness;
 pub mod health;
