@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+use tombolo_core::capture::{Cgroup, Interface, parse_range};
 use tombolo_core::id::{ClusterId, ServiceName, SpiffeId};
 use tombolo_core::model::ServiceSelector;
 
@@ -43,8 +45,8 @@ pub enum Command {
     Federation(StartRole),
     /// Run an east-west gateway: QUIC tunnels to other clusters
     Gateway(StartRole),
-    /// Run a sidecar beside a workload
-    Sidecar(StartRole),
+    /// Run a sidecar beside a workload, or hand it the connections of this host: capture
+    Sidecar(SidecarCommand),
     /// Run all three in one process: a VM or laptop as a small cluster of its own
     Agent(StartRole),
     /// Print the version
@@ -76,6 +78,123 @@ pub struct StartRole {
     /// Worker threads; 1 is the fastest for each core, more use more cores
     #[arg(long, env = "TOMBOLO_WORKERS", default_value_t = 1, value_name = "N")]
     pub workers: usize,
+}
+
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct SidecarCommand {
+    #[command(flatten)]
+    pub start: StartRole,
+
+    #[command(subcommand)]
+    pub action: Option<SidecarAction>,
+}
+
+#[derive(Subcommand)]
+pub enum SidecarAction {
+    /// Redirect this host's connections to the sidecar, by rules of the kernel's packet filter (docs/capture.md)
+    Capture(CaptureCommand),
+}
+
+/// Every option that excludes can be given several times, or with commas.
+#[derive(Args)]
+pub struct CaptureCommand {
+    /// Take the rules away, of whichever backend wrote them
+    #[arg(long)]
+    pub remove: bool,
+
+    /// Print the rules and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Who writes the rules [default: nft]
+    #[arg(long, value_enum)]
+    pub backend: Option<Backend>,
+
+    /// Capture only what processes of this host begin, or only what arrives at it
+    #[arg(long, value_enum)]
+    pub only: Option<Direction>,
+
+    /// Capture DNS queries too (UDP and TCP, port 53)
+    #[arg(long)]
+    pub dns: bool,
+
+    /// Where the sidecar takes captured outbound connections
+    #[arg(long, default_value_t = tombolo_sidecar::capture::OUTBOUND_PORT, value_name = "PORT")]
+    pub outbound_port: u16,
+
+    /// Where the sidecar takes captured inbound connections
+    #[arg(long, default_value_t = tombolo_sidecar::capture::INBOUND_PORT, value_name = "PORT")]
+    pub inbound_port: u16,
+
+    /// Where the sidecar answers DNS queries
+    #[arg(long, default_value_t = tombolo_sidecar::capture::DNS_PORT, value_name = "PORT")]
+    pub dns_port: u16,
+
+    /// Ports of the sidecar itself, which inbound connections reach as they are
+    #[arg(long, value_delimiter = ',', default_values_t = tombolo_sidecar::capture::OWN_PORTS, value_name = "PORT")]
+    pub sidecar_port: Vec<u16>,
+
+    /// Leave connections of this user alone, by number or name: the one that the sidecar runs as
+    #[arg(long, value_delimiter = ',', value_parser = parse_user, value_name = "USER")]
+    pub exclude_uid: Vec<u32>,
+
+    /// Leave connections of this group alone, by number or name
+    #[arg(long, value_delimiter = ',', value_parser = parse_group, value_name = "GROUP")]
+    pub exclude_gid: Vec<u32>,
+
+    /// Leave connections of this cgroup (version 2) alone: system.slice/tombolo.service
+    #[arg(long, value_delimiter = ',', value_name = "PATH")]
+    pub exclude_cgroup: Vec<Cgroup>,
+
+    /// Leave what leaves or arrives by this interface alone: docker0, veth*
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    pub exclude_interface: Vec<Interface>,
+
+    /// Leave connections to these addresses alone: 10.0.0.0/8, fd00::/8
+    #[arg(long, value_delimiter = ',', value_parser = parse_range, value_name = "RANGE")]
+    pub exclude_outbound_range: Vec<IpNet>,
+
+    /// Leave connections to this port alone
+    #[arg(long, value_delimiter = ',', value_name = "PORT")]
+    pub exclude_outbound_port: Vec<u16>,
+
+    /// Leave connections from these addresses alone
+    #[arg(long, value_delimiter = ',', value_parser = parse_range, value_name = "RANGE")]
+    pub exclude_inbound_range: Vec<IpNet>,
+
+    /// Leave connections that arrive at this port alone: health checks of somebody else, say
+    #[arg(long, value_delimiter = ',', value_name = "PORT")]
+    pub exclude_inbound_port: Vec<u16>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    #[default]
+    Nft,
+    Iptables,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Direction {
+    Outbound,
+    Inbound,
+}
+
+fn parse_user(text: &str) -> Result<u32, String> {
+    if let Ok(uid) = text.parse() {
+        return Ok(uid);
+    }
+    let user = nix::unistd::User::from_name(text).map_err(|error| error.to_string())?;
+    user.map(|user| user.uid.as_raw()).ok_or_else(|| format!("this host knows no user {text:?}"))
+}
+
+fn parse_group(text: &str) -> Result<u32, String> {
+    if let Ok(gid) = text.parse() {
+        return Ok(gid);
+    }
+    let group = nix::unistd::Group::from_name(text).map_err(|error| error.to_string())?;
+    group.map(|group| group.gid.as_raw()).ok_or_else(|| format!("this host knows no group {text:?}"))
 }
 
 fn parse_set(text: &str) -> Result<(String, String), String> {

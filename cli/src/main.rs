@@ -2,6 +2,7 @@
 
 mod agent;
 mod args;
+mod capture;
 mod demo;
 mod operator;
 mod role;
@@ -11,7 +12,7 @@ use std::process::ExitCode;
 use anstyle::{AnsiColor, Style};
 use clap::Parser;
 
-use args::{Cli, Command};
+use args::{Cli, Command, SidecarAction};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -32,7 +33,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Federation(start) => role::federation(start),
         Command::Gateway(start) => role::gateway(start),
-        Command::Sidecar(start) => role::sidecar(start),
+        Command::Sidecar(command) => match command.action {
+            Some(SidecarAction::Capture(command)) => capture::run(command),
+            None => role::sidecar(command.start),
+        },
         Command::Agent(start) => agent::run(start),
         Command::Peer(command) => operator::peer::run(command),
         Command::Export(command) => operator::export::export(command),

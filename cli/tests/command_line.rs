@@ -19,6 +19,7 @@ fn every_command_explains_itself() {
         &["federation", "--help"],
         &["gateway", "--help"],
         &["sidecar", "--help"],
+        &["sidecar", "capture", "--help"],
         &["agent", "--help"],
         &["peer", "invite", "--help"],
         &["peer", "accept", "--help"],

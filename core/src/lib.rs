@@ -8,6 +8,7 @@ pub mod addresses;
 pub mod authz;
 pub mod backoff;
 pub mod bundle;
+pub mod capture;
 pub mod catalog;
 pub mod conflict;
 pub mod dns;

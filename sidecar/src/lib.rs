@@ -4,6 +4,7 @@
 //! the legs of others, authorizes each request and hands it to the application. `health` checks the application, and
 //! `registration` tells federation what is served here.
 
+pub mod capture;
 pub mod config;
 pub mod health;
 pub mod inbound;

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub mod app;
+pub mod netns;
 pub mod process;
 
 use std::net::SocketAddr;
