@@ -12,7 +12,7 @@ demo: ## Two clusters on this machine: a crossing request, a failover, a recover
 	$(TARGET)/release/tombolo demo
 
 test: ## Every test of the workspace, the end-to-end ones with real processes
-	@.ci/need cc curl dig
+	@.ci/need cc curl dig ip
 	@testbed/tools/install
 	cargo test --workspace --locked
 

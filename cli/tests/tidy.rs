@@ -30,7 +30,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("tombolo-federation", ROLE_WITH_DNS),
     ("tombolo-sidecar", ROLE_WITH_DNS),
     ("tombolo-testbed", &[]),
-    ("tombolo-bench", &["tombolo-testbed"]),
+    ("tombolo-kind-tests", &["tombolo-testbed"]),
+    ("tombolo-bench", &["tombolo-kind-tests", "tombolo-testbed"]),
     ("tombolo", ALL),
 ];
 const ROLE: &[&str] = &["tombolo-api", "tombolo-core", "tombolo-leg", "tombolo-runtime", "tombolo-trust"];
@@ -42,6 +43,7 @@ const ALL: &[&str] = &[
     "tombolo-dns",
     "tombolo-federation",
     "tombolo-gateway",
+    "tombolo-kind-tests",
     "tombolo-leg",
     "tombolo-runtime",
     "tombolo-sidecar",

@@ -2,7 +2,9 @@
 //! state in a directory of its own. The demo, the end-to-end tests and the benches are built on it.
 
 mod cluster;
+mod namespace;
 mod process;
 
 pub use cluster::{Announced, Cluster, Sidecar};
+pub use namespace::Namespace;
 pub use process::{Binary, Process};

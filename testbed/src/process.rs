@@ -10,22 +10,32 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
+use crate::namespace::Namespace;
+
 /// The `tombolo` binary that everything is started from.
 #[derive(Debug, Clone)]
 pub struct Binary {
     path: PathBuf,
     /// Set in the environment of every process that is started from it.
     environment: Vec<(String, String)>,
+    /// Where its processes run, if not where this one does.
+    namespace: Option<Namespace>,
 }
 
 impl Binary {
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), environment: Vec::new() }
+        Self { path: path.into(), environment: Vec::new(), namespace: None }
     }
 
     /// The same with a variable in the environment of its processes: `TOMBOLO_WORKERS`, say.
     pub fn with_variable(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The same with its processes inside a network namespace.
+    pub fn inside(mut self, namespace: &Namespace) -> Self {
+        self.namespace = Some(namespace.clone());
         self
     }
 
@@ -61,7 +71,8 @@ impl Process {
     pub fn start(binary: &Binary, name: &str, dir: &Path, arguments: &[&str]) -> anyhow::Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let output = File::options().create(true).append(true).open(&log)?;
-        let child = Command::new(&binary.path)
+        let mut command = Command::new(&binary.path);
+        command
             .envs(binary.environment.iter().cloned())
             .arg("--die-with-parent")
             .args(arguments)
@@ -70,9 +81,12 @@ impl Process {
             .stderr(output)
             // Ctrl-C in a terminal reaches the whole group: who starts a testbed also stops it, in order.
             .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-            .with_context(|| format!("starting {name}"))?;
+            .kill_on_drop(true);
+        let child = match &binary.namespace {
+            Some(namespace) => namespace.within(|| command.spawn())?,
+            None => command.spawn(),
+        };
+        let child = child.with_context(|| format!("starting {name}"))?;
         Ok(Self { name: name.to_owned(), child, log })
     }
 
