@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tombolo_core::addresses::Ranges;
 use tombolo_core::id::{ClusterId, TrustDomain};
 use tombolo_runtime::config::{Problem, Validate};
 use tombolo_runtime::logging::LogConfig;
@@ -35,6 +36,9 @@ pub struct Config {
     /// How long an SVID lives; it is renewed at half of that.
     #[serde(default = "default_svid_life", with = "humantime_serde")]
     pub svid_life: Duration,
+    /// Where the addresses lie that services have in this cluster, on its own machines only.
+    #[serde(default)]
+    pub virtual_addresses: Ranges,
     #[serde(default)]
     pub telemetry: TelemetryConfig,
     #[serde(default)]
@@ -107,6 +111,19 @@ mod tests {
         assert_eq!(config.trust_domain().as_str(), "east.tombolo");
         assert_eq!((config.discovery.port(), config.legs.port(), config.admin.port()), (15010, 0, 15020));
         assert_eq!(config.svid_life, Duration::from_secs(3600));
+    }
+
+    #[test]
+    fn virtual_addresses_lie_where_no_network_is() {
+        let read = |range: &str| {
+            let text =
+                format!("cluster: east\nstate: /x\nsource: {{directory: /}}\nvirtualAddresses: {{ipv4: {range}}}\n");
+            parse::<Config>(&text, Path::new("f.yaml"))
+        };
+        let config = read("240.7.0.0/20").unwrap();
+        assert_eq!((config.virtual_addresses.count(), config.virtual_addresses.ipv6), (4096, Ranges::default().ipv6));
+        let refused = read("10.96.0.0/12").unwrap_err().to_string();
+        assert!(refused.contains("f.yaml:4:") && refused.contains("240.0.0.0/4"), "{refused}");
     }
 
     #[test]

@@ -27,6 +27,7 @@ use tombolo_runtime::metrics::Metrics;
 use tombolo_trust::bundle::Bundle;
 use tombolo_trust::store::TrustStore;
 
+use crate::addresses::Addresses;
 use crate::registry::{Claim, SESSIONS_MAX, SessionId};
 use crate::store::{Store, StoreError};
 use crate::sync::durable;
@@ -154,6 +155,8 @@ enum Input {
     LocalChanged(LocalState),
     PeerAdded(Box<PeerRecord>, Box<Import>, oneshot::Sender<()>),
     PeerRemoved(ClusterId, oneshot::Sender<()>),
+    Addressed(Arc<Addresses>, oneshot::Sender<()>),
+    Settle(oneshot::Sender<()>),
     DeclaredRefused(Vec<SourceProblem>),
     OwnBundleChanged(Bundle),
     OwnRevoked { sequence: u64, ids: BTreeSet<SpiffeId>, done: oneshot::Sender<()> },
@@ -202,6 +205,16 @@ impl HubHandle {
         self.ask(|done| Input::PeerRemoved(cluster.clone(), done)).await?;
         durable::remove(&self.store, &cluster).await;
         Ok(())
+    }
+
+    /// Virtual addresses that have been made durable, all of them. Returns when they are in the view.
+    pub(crate) async fn addressed(&self, addresses: Arc<Addresses>) -> Result<(), HubGone> {
+        self.ask(|done| Input::Addressed(addresses, done)).await
+    }
+
+    /// Returns when everything that was sent before is in the view.
+    pub(crate) async fn settled(&self) -> Result<(), HubGone> {
+        self.ask(Input::Settle).await
     }
 
     /// Peers that the source declares and that are not made, with the reason of each; all of them.

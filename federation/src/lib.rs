@@ -3,6 +3,7 @@
 //! One task owns the mutable state ([`hub`]); servers and clients around it send it inputs over a
 //! bounded channel and read immutable snapshots.
 
+pub mod addresses;
 pub mod config;
 pub mod discovery;
 pub mod hub;

@@ -24,6 +24,7 @@ use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
+use crate::addresses::Allocator;
 use crate::config::Config;
 use crate::discovery::DiscoveryService;
 use crate::hub::{self, HubHandle, HubStart, PeeringEvent, remembered};
@@ -75,6 +76,9 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     let mut tasks = JoinSet::new();
     let source = start_source(&config, &base, &hub, &process.readiness, &mut tasks).await?;
     let peering = start_peering(&config, &base, &hub, events, &process.metrics).await?;
+    let ranges = config.virtual_addresses;
+    let allocator = Allocator::start(hub.clone(), base.store.clone(), ranges, &process.metrics).await?;
+    tasks.spawn(allocator.run());
     tasks.spawn(peering::follow_declared(peering.clone(), source.clone()));
     tasks.spawn(remembered::follow(hub.clone(), config.state.clone()));
     tasks.spawn(report::follow(hub.clone(), process.metrics.clone()));

@@ -20,6 +20,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+use tombolo_core::addresses::allocation::Allocations;
 use tombolo_core::id::{ClusterId, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::join::JoinEntries;
 use tombolo_trust::atomic;
@@ -54,6 +55,7 @@ struct State {
     joins: JoinEntries,
     first_seen: FirstSeen,
     revoked: Revoked,
+    addresses: Allocations,
 }
 
 /// Whose state it is, and how often it was opened.
@@ -118,6 +120,10 @@ const OWNER: Contents = Contents { name: "cluster.json", lost: "the epoch, which
 const PEERING: Contents = Contents { name: "peering.json", lost: "all peers and invitations" };
 const JOINS: Contents = Contents { name: "joins.json", lost: "all join entries" };
 const FIRST_SEEN: Contents = Contents { name: "first-seen.json", lost: "the age of exports, which decides conflicts" };
+const ADDRESSES: Contents = Contents {
+    name: "virtual-addresses.json",
+    lost: "the virtual addresses of all services, which then get others while clients still have the old ones",
+};
 const REVOKED: Contents = Contents { name: "revoked.json", lost: "the list of revoked identities" };
 
 impl Store {
@@ -149,7 +155,14 @@ impl Store {
             reason,
             lost: PEERING.lost,
         })?;
+        let addresses: Allocations = file::load(&folder, &ADDRESSES)?.unwrap_or_default();
+        addresses.check().map_err(|reason| StoreError::Damaged {
+            path: folder.join(ADDRESSES.name),
+            reason,
+            lost: ADDRESSES.lost,
+        })?;
         let state = State {
+            addresses,
             peering,
             joins: file::load(&folder, &JOINS)?.unwrap_or_default(),
             first_seen: file::load(&folder, &FIRST_SEEN)?.unwrap_or_default(),
@@ -201,6 +214,16 @@ impl Store {
     pub fn change_revoked<T>(&self, change: impl FnOnce(&mut Revoked) -> T) -> Result<T, StoreError> {
         let mut state = self.state();
         self.change(&mut state.revoked, &REVOKED, change)
+    }
+
+    /// Changes who has which virtual address; it is durable when this returns, together with what it became.
+    pub fn change_addresses<T>(
+        &self,
+        change: impl FnOnce(&mut Allocations) -> T,
+    ) -> Result<(Allocations, T), StoreError> {
+        let mut state = self.state();
+        let result = self.change(&mut state.addresses, &ADDRESSES, change)?;
+        Ok((state.addresses.clone(), result))
     }
 
     /// When each of `exported`, which is all that is exported now, was first seen.

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tombolo_core::addresses::Ranges;
 use tombolo_core::id::{ClusterId, Role, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::model::{AppProtocol, Authority, ServicePort, Transport};
 use tombolo_core::source::{LocalService, LocalState};
@@ -25,6 +26,7 @@ use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
+use crate::addresses::Allocator;
 use crate::discovery::DiscoveryService;
 use crate::hub::{self, HubHandle, HubStart, PeerRecord, PeeringEvent, SidecarJoin, View, remembered};
 use crate::registry::{Claim, SessionId};
@@ -199,6 +201,13 @@ impl Federation {
         let claim = Claim { service, port: 80, inbound_address: "127.0.0.1:1".into(), ready };
         self.hub.registered(session, vec![claim]).await.unwrap();
         session
+    }
+
+    /// Gives every service virtual addresses, until the task is aborted.
+    pub async fn allocate(&self) -> JoinHandle<()> {
+        let (hub, store) = (self.hub.clone(), self.store.clone());
+        let allocator = Allocator::start(hub, store, Ranges::default(), &self.metrics).await.unwrap();
+        tokio::spawn(allocator.run())
     }
 
     /// Clusters whose share of `name` is seen here, with how many endpoints of each are ready.

@@ -18,6 +18,7 @@ use tombolo_api::proto::discovery as wire;
 use tombolo_api::proto::discovery::discovery_server::{Discovery, DiscoveryServer};
 use tombolo_api::proto::gateway_watch as watch_wire;
 use tombolo_api::proto::gateway_watch::gateway_watch_server::{GatewayWatch as WatchService, GatewayWatchServer};
+use tombolo_core::addresses::mesh::Lookup;
 use tombolo_core::liveness::Reach;
 use tombolo_leg::discovery::{
     Federation, GatewayDiscovery, GatewayHello, LocalGateway, PeeringCommand, PeeringReport, Registration,
@@ -126,7 +127,7 @@ fn service(name: &str, clusters: &[&str]) -> Tell {
         export: Some(tombolo_api::proto::catalog::Export { service: name.into(), ..Default::default() }),
         ..Default::default()
     };
-    Tell::Service(wire::Service { service: name.into(), shares: clusters.iter().map(share).collect() })
+    Tell::Service(wire::Service { service: name.into(), shares: clusters.iter().map(share).collect(), numbers: None })
 }
 
 #[tokio::test]
@@ -157,7 +158,7 @@ async fn a_sidecar_says_everything_again_and_keeps_what_it_knew() {
     bounded(web.updates().wait_for(known)).await.unwrap();
 
     // A message that does not convert changes nothing and is counted.
-    tell(&session, Tell::Service(wire::Service { service: "nonsense".into(), shares: vec![] })).await;
+    tell(&session, Tell::Service(wire::Service { service: "nonsense".into(), shares: vec![], numbers: None })).await;
     bounded(discovery.status().wait_for(|status| status.updates_refused == 1)).await.unwrap();
     assert!(known(&web.now()));
 
@@ -257,6 +258,71 @@ async fn a_sidecar_that_restarts_while_federation_is_away_goes_on_with_what_was_
     tell(&session, Tell::Welcome(welcome)).await;
     bounded(discovery.status().wait_for(|status| status.remembered.is_none())).await.unwrap();
     assert_eq!(discovery.subscribe(&web).unwrap().now(), ServiceState::Waiting);
+}
+
+fn ranges(ipv4: &str) -> Tell {
+    Tell::AddressRanges(wire::AddressRanges { ipv4: ipv4.into(), ipv6: "fd74:6f6d:626f::/112".into() })
+}
+
+fn block(block: u32, services: u64, names: &[&str]) -> Tell {
+    let names = names.iter().map(|name| (*name).to_owned()).collect();
+    Tell::AddressBlock(wire::AddressBlock { block, services, endpoints: 0, names })
+}
+
+fn complete(blocks: &[u32]) -> Tell {
+    Tell::AddressesComplete(wire::AddressesComplete { blocks: blocks.to_vec() })
+}
+
+fn at(discovery: &SidecarDiscovery, address: &str) -> Lookup {
+    discovery.addresses().borrow().lookup(address.parse().unwrap())
+}
+
+#[tokio::test]
+async fn the_addresses_of_the_mesh_outlive_the_stream_and_the_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("last-told");
+    let mut running = running("tombolo/federation/f1").await;
+    let svid = running.east.svid("ns/shop/sa/cart");
+    let start = |federation: Federation| {
+        let federation = Federation { memory: Some(path.clone()), ..federation };
+        SidecarDiscovery::start(federation, "cart-1".parse().unwrap(), None)
+    };
+    let discovery = start(running.federation(svid.clone()));
+    assert_eq!(at(&discovery, "240.1.0.1"), Lookup::NotReadyYet);
+    let session = bounded(running.sidecars.recv()).await.unwrap();
+    let welcome = wire::Welcome { cluster: "east".into(), trust_domain: "east.tombolo".into(), ..Default::default() };
+    for kind in [Tell::Welcome(welcome), ranges("240.1.0.0/16"), block(0, 2, &["shop/web"]), block(1, 1, &["shop/old"])]
+    {
+        tell(&session, kind).await;
+    }
+    let mut addresses = discovery.addresses();
+    bounded(addresses.wait_for(|addresses| addresses.len() == 2)).await.unwrap();
+    assert_eq!(at(&discovery, "240.1.0.2"), Lookup::NotReadyYet, "until all are told");
+    tell(&session, complete(&[0])).await;
+    bounded(addresses.wait_for(|addresses| addresses.is_complete())).await.unwrap();
+    let known = |discovery: &SidecarDiscovery| {
+        assert_eq!(at(discovery, "240.1.0.1"), Lookup::Mesh("shop/web".parse().unwrap()));
+        assert_eq!(at(discovery, "240.1.0.64"), Lookup::Unassigned, "absence deletes once all are told");
+    };
+    known(&discovery);
+    // What makes no sense is refused, counted, and changes nothing.
+    for kind in [ranges("10.0.0.0/8"), block(0, 2, &["shop"]), block(1 << 30, 2, &["shop/web"])] {
+        tell(&session, kind).await;
+    }
+    bounded(discovery.status().wait_for(|status| status.updates_refused == 3)).await.unwrap();
+    known(&discovery);
+    let holds = |part: &[u8]| {
+        let file = std::fs::read(&path).unwrap_or_default();
+        file.windows(part.len()).any(|window| window == part)
+    };
+    eventually("it is kept", || holds(b"shop/web") && !holds(b"shop/old")).await;
+    drop(session);
+    bounded(discovery.status().wait_for(|status| !status.connected)).await.unwrap();
+    known(&discovery);
+    drop(discovery);
+
+    let away = Federation { address: "127.0.0.1:1".into(), ..running.federation(svid) };
+    known(&start(away));
 }
 
 #[tokio::test]

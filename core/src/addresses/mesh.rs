@@ -192,6 +192,10 @@ impl MeshAddresses {
         self.blocks.is_empty()
     }
 
+    pub fn has_block(&self, number: u32) -> bool {
+        self.blocks.contains_key(&number)
+    }
+
     /// The ranges were told. Others than before make everything unknown again.
     pub fn handle_ranges(&mut self, ranges: Ranges) {
         if self.ranges != Some(ranges) {

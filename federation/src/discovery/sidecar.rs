@@ -17,6 +17,7 @@ use tombolo_trust::bundle::Bundle;
 use tonic::{Status, Streaming};
 
 use super::{DiscoveryService, Ended, first, next_generation, wire};
+use crate::addresses::Addresses;
 use crate::hub::{HubHandle, SidecarJoin, View};
 use crate::registry::SessionId;
 
@@ -43,6 +44,7 @@ struct Told {
     revoked: Option<Arc<BTreeSet<SpiffeId>>>,
     grants: Option<proto::InboundGrants>,
     registrations: BTreeMap<(String, u32), proto::RegistrationResult>,
+    addresses: Option<Arc<Addresses>>,
     /// Every subscription: the view that was sent, or that it is unknown.
     services: BTreeMap<ServiceName, Option<Known>>,
 }
@@ -50,19 +52,30 @@ struct Told {
 #[derive(Clone)]
 enum Known {
     Unknown,
-    View(Arc<ServiceView>),
+    View(Arc<ServiceView>, proto::ServiceNumbers),
 }
 
 impl Known {
     fn of(view: &View, service: &ServiceName) -> Self {
         let known = view.services.get(service).filter(|view| !view.shares.is_empty());
-        known.map_or(Known::Unknown, |view| Known::View(view.clone()))
+        known
+            .map_or(Known::Unknown, |known| Known::View(known.clone(), wire::numbers(known, view.addresses.as_deref())))
     }
 
     fn is(&self, other: &Known) -> bool {
         match (self, other) {
             (Known::Unknown, Known::Unknown) => true,
-            (Known::View(a), Known::View(b)) => Arc::ptr_eq(a, b),
+            (Known::View(a, numbers), Known::View(b, others)) => Arc::ptr_eq(a, b) && numbers == others,
+            _ => false,
+        }
+    }
+
+    /// Whether it is what `view` says, as far as can be seen without looking numbers up.
+    fn is_of(&self, view: &View, service: &ServiceName) -> bool {
+        let known = view.services.get(service).filter(|view| !view.shares.is_empty());
+        match (self, known) {
+            (Known::Unknown, None) => true,
+            (Known::View(told, _), Some(known)) => Arc::ptr_eq(told, known),
             _ => false,
         }
     }
@@ -200,7 +213,33 @@ impl SidecarStream {
             self.send(Kind::Gateways(gateways)).await?;
         }
         self.tell_registrations(&view).await?;
-        self.tell_services(&view).await
+        let addresses = view.addresses.as_ref();
+        let renumbered = self.told.addresses.as_ref().map(Arc::as_ptr) != addresses.map(Arc::as_ptr);
+        if let Some(addresses) = addresses.filter(|_| renumbered) {
+            self.tell_addresses(addresses).await?;
+        }
+        self.tell_services(&view, renumbered).await
+    }
+
+    /// The set of mesh addresses: the blocks that differ, and then which there are.
+    async fn tell_addresses(&mut self, addresses: &Arc<Addresses>) -> Result<(), Ended> {
+        let told = self.told.addresses.replace(addresses.clone());
+        let told = told.filter(|told| told.ranges == addresses.ranges);
+        if told.is_none() {
+            self.send(Kind::AddressRanges(wire::address_ranges(&addresses.ranges))).await?;
+        }
+        let before = told.map(|told| told.blocks.clone());
+        for (number, block) in &addresses.blocks {
+            let known = before.as_ref().and_then(|before| before.get(number));
+            if !known.is_some_and(|known| Arc::ptr_eq(known, block)) {
+                self.send(Kind::AddressBlock(wire::address_block(*number, block))).await?;
+            }
+        }
+        if before.is_none_or(|before| !before.keys().eq(addresses.blocks.keys())) {
+            let blocks = addresses.blocks.keys().copied().collect();
+            self.send(Kind::AddressesComplete(proto::AddressesComplete { blocks })).await?;
+        }
+        Ok(())
     }
 
     async fn tell_registrations(&mut self, view: &View) -> Result<(), Ended> {
@@ -234,8 +273,9 @@ impl SidecarStream {
         Ok(())
     }
 
-    async fn tell_services(&mut self, view: &View) -> Result<(), Ended> {
+    async fn tell_services(&mut self, view: &View, renumbered: bool) -> Result<(), Ended> {
         let news: Vec<(ServiceName, Known)> = (self.told.services.iter())
+            .filter(|(service, told)| renumbered || !told.as_ref().is_some_and(|told| told.is_of(view, service)))
             .map(|(service, told)| (service, told, Known::of(view, service)))
             .filter(|(_, told, known)| !told.as_ref().is_some_and(|told| told.is(known)))
             .map(|(service, _, known)| (service.clone(), known))
@@ -244,7 +284,7 @@ impl SidecarStream {
             self.told.services.insert(service.clone(), Some(known.clone()));
             match known {
                 Known::Unknown => self.send(Kind::ServiceUnknown(service.to_string())).await?,
-                Known::View(view) => self.send(Kind::Service(wire::service(&view))).await?,
+                Known::View(view, numbers) => self.send(Kind::Service(wire::service(&view, numbers))).await?,
             }
         }
         Ok(())

@@ -11,6 +11,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tombolo_api::proto::discovery as proto;
 use tombolo_api::proto::discovery::discovery_client::DiscoveryClient;
 use tombolo_api::proto::discovery::{gateway_request, gateway_update, sidecar_request, sidecar_update};
+use tombolo_core::addresses::mesh::{Block, Lookup, MeshAddresses};
+use tombolo_core::addresses::{Number, Ranges};
 use tombolo_core::id::{Role, SpiffeId};
 use tombolo_trust::grpc;
 use tombolo_trust::tls::{self, ServerExpectation};
@@ -142,6 +144,72 @@ async fn views_come_on_demand_and_only_when_they_change() {
     assert_eq!(client.next(unknown).await, "shop/later");
     east.declare(&["shop/db"]).await;
     assert_eq!(client.next(unknown).await, "shop/web");
+}
+
+/// What a sidecar has been told of addresses, up to the next `Complete`, and how many blocks that took.
+async fn addresses(client: &mut Sidecar, mesh: &mut MeshAddresses) -> usize {
+    let mut blocks = 0;
+    loop {
+        let kind = client
+            .next(|kind| match kind {
+                sidecar_update::Kind::AddressRanges(_)
+                | sidecar_update::Kind::AddressBlock(_)
+                | sidecar_update::Kind::AddressesComplete(_) => Some(kind),
+                _ => None,
+            })
+            .await;
+        match kind {
+            sidecar_update::Kind::AddressRanges(ranges) => {
+                mesh.handle_ranges(Ranges { ipv4: ranges.ipv4.parse().unwrap(), ipv6: ranges.ipv6.parse().unwrap() })
+            }
+            sidecar_update::Kind::AddressBlock(block) => {
+                let held = Block::new(block.services, block.endpoints, &block.names).unwrap();
+                mesh.handle_block(block.block, held).unwrap();
+                blocks += 1;
+            }
+            sidecar_update::Kind::AddressesComplete(complete) => {
+                mesh.handle_complete(&complete.blocks.into_iter().collect());
+                return blocks;
+            }
+            _ => unreachable!("nothing else was asked for"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_set_of_addresses_comes_whole_and_then_in_changed_blocks() {
+    let (east, address) = east().await;
+    let names: Vec<String> = (0..192).map(|n| format!("shop/web-{n:03}")).collect();
+    let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
+    east.declare(&names[..191]).await;
+    let web = east.web(&service("shop/web"));
+    let mut client = Sidecar::connect(channel(&east, address, &web), "client").await.unwrap();
+    client.say(sidecar_request::Kind::Subscribe("shop/web-000".into())).await;
+    assert_eq!(client.next_service().await.numbers, Some(proto::ServiceNumbers::default()), "none yet");
+    east.allocate().await;
+    let mut mesh = MeshAddresses::default();
+    assert_eq!(addresses(&mut client, &mut mesh).await, 3);
+    assert!(mesh.is_complete() && mesh.len() == 191);
+    let told = client.next_service().await.numbers.unwrap();
+    let at = Ranges::default().address(Number(told.service)).unwrap();
+    assert_eq!(mesh.lookup(at.ipv4.into()), Lookup::Mesh(service("shop/web-000")));
+
+    // One more begins a fourth block; the three are not told again.
+    east.declare(&names).await;
+    assert_eq!(addresses(&mut client, &mut mesh).await, 1);
+    assert_eq!(mesh.len(), 192);
+    // The last of a block takes the block with it, and another one costs its own block.
+    let last = names.pop().unwrap();
+    east.declare(&names).await;
+    assert_eq!(addresses(&mut client, &mut mesh).await, 0);
+    assert_eq!((mesh.len(), mesh.of_service(&service(last))), (191, None));
+    names.remove(5);
+    east.declare(&names).await;
+    let block = client.next(|kind| match kind {
+        sidecar_update::Kind::AddressBlock(block) => Some(block),
+        _ => None,
+    });
+    assert_eq!(block.await.names.len(), 62, "of the 63 numbers of block 0");
 }
 
 #[tokio::test]

@@ -4,10 +4,14 @@ use std::collections::BTreeMap;
 
 use tombolo_api::convert::{InvalidMessage, name, port};
 use tombolo_api::proto::discovery as proto;
+use tombolo_core::addresses::Ranges;
+use tombolo_core::addresses::allocation::owners;
+use tombolo_core::addresses::mesh::Block;
 use tombolo_core::catalog::ServiceView;
 use tombolo_core::id::TrustDomain;
 use tombolo_core::model::{Freshness, Origin, Transport};
 
+use crate::addresses::Addresses;
 use crate::hub::{GatewayView, Reach, TunnelView, View};
 use crate::registry::Claim;
 use crate::sync::wire::gateway_to_wire;
@@ -42,7 +46,7 @@ pub(super) fn revoked(view: &View) -> proto::Revoked {
 }
 
 /// One service with every share; where its local endpoints are delivered is told with the local one.
-pub(super) fn service(view: &ServiceView) -> proto::Service {
+pub(super) fn service(view: &ServiceView, numbers: proto::ServiceNumbers) -> proto::Service {
     let deliveries = || {
         let endpoints = view.deliveries.iter();
         endpoints.flat_map(|(endpoint, ports)| {
@@ -60,7 +64,34 @@ pub(super) fn service(view: &ServiceView) -> proto::Service {
         export: Some((&share.export).into()),
         deliveries: if share.origin == Origin::Local { deliveries().collect() } else { Vec::new() },
     };
-    proto::Service { service: view.service.to_string(), shares: view.shares.iter().map(share).collect() }
+    let shares = view.shares.iter().map(share).collect();
+    proto::Service { service: view.service.to_string(), shares, numbers: Some(numbers) }
+}
+
+/// The numbers of a service, or of its endpoints, as far as they have any.
+pub(super) fn numbers(view: &ServiceView, addresses: Option<&Addresses>) -> proto::ServiceNumbers {
+    let mut numbers = proto::ServiceNumbers::default();
+    for owner in addresses.into_iter().flat_map(|_| owners(view)) {
+        let Some(number) = addresses.and_then(|addresses| addresses.number(&owner)) else { continue };
+        match owner.endpoint {
+            None => numbers.service = number.0,
+            Some((cluster, endpoint)) => numbers.endpoints.push(proto::EndpointNumber {
+                cluster: cluster.to_string(),
+                endpoint_id: endpoint.to_string(),
+                number: number.0,
+            }),
+        }
+    }
+    numbers
+}
+
+pub(super) fn address_ranges(ranges: &Ranges) -> proto::AddressRanges {
+    proto::AddressRanges { ipv4: ranges.ipv4.to_string(), ipv6: ranges.ipv6.to_string() }
+}
+
+pub(super) fn address_block(number: u32, block: &Block) -> proto::AddressBlock {
+    let (services, endpoints, names) = block.parts();
+    proto::AddressBlock { block: number, services, endpoints, names: names.into_iter().map(str::to_owned).collect() }
 }
 
 fn freshness(freshness: Freshness) -> proto::Freshness {

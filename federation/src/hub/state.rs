@@ -19,6 +19,7 @@ use super::peers::Peer;
 use super::remembered::{Remembered, RememberedGateway};
 use super::view::{GatewayView, Reach, SidecarView, TunnelView, View};
 use super::{CommandRefused, GatewayJoin, HubStart, Input, PeeringCommand};
+use crate::addresses::Addresses;
 use crate::registry::{GRACE, Registry, SessionId};
 use crate::sync::wire::roots_of;
 
@@ -90,6 +91,7 @@ pub(super) struct State {
     registry: Registry,
     gateways: BTreeMap<GatewayId, Gateway>,
     bundles_in_force: BTreeMap<SessionId, BTreeMap<TrustDomain, u64>>,
+    addresses: Option<Arc<Addresses>>,
     view: Arc<View>,
 }
 
@@ -103,6 +105,7 @@ impl State {
             trust_domain,
             epoch,
             services: Arc::default(),
+            addresses: None,
             peers: Arc::default(),
             gateways: Arc::default(),
             sidecars: Arc::default(),
@@ -131,6 +134,7 @@ impl State {
             trust,
             gateways: BTreeMap::new(),
             bundles_in_force: BTreeMap::new(),
+            addresses: None,
             view: Arc::new(view),
         };
         state.restore(remembered, now + RESTART_GRACE);
@@ -181,6 +185,12 @@ impl State {
                 self.handle_peer_removed(&cluster);
                 self.answers.push(done);
             }
+            Input::Addressed(addresses, done) => {
+                self.addresses = Some(addresses);
+                self.dirty.view = true;
+                self.answers.push(done);
+            }
+            Input::Settle(done) => self.answers.push(done),
             Input::DeclaredRefused(problems) => self.handle_declared_refused(problems),
             Input::OwnBundleChanged(bundle) => self.handle_own_bundle(bundle),
             Input::OwnRevoked { sequence, ids, done } => {
@@ -420,6 +430,7 @@ impl State {
             gateways: Arc::new(self.gateway_views(now)),
             sidecars: if seen { Arc::new(self.sidecar_views(&services)) } else { before.sidecars.clone() },
             services,
+            addresses: self.addresses.clone(),
             bundles: kept(bundles.collect()),
             revoked,
             revocation_sequence: self.revocations.sequence,

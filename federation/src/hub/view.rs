@@ -11,6 +11,7 @@ use tombolo_core::source::SourceProblem;
 use tombolo_trust::bundle::Bundle;
 
 use super::remembered::Remembered;
+use crate::addresses::Addresses;
 use crate::registry::{SessionId, Verdict};
 
 /// How far a tunnel of one of our gateways is from answering.
@@ -112,6 +113,8 @@ pub struct View {
     pub epoch: u64,
     /// A service without shares is one that is exported to here but left out by the import grants.
     pub services: Arc<BTreeMap<ServiceName, Arc<ServiceView>>>,
+    /// Virtual addresses, all of them durable. `None` until the first were allocated.
+    pub addresses: Option<Arc<Addresses>>,
     pub peers: Arc<BTreeMap<ClusterId, Arc<PeerView>>>,
     pub gateways: Arc<BTreeMap<GatewayId, Arc<GatewayView>>>,
     pub sidecars: Arc<BTreeMap<SessionId, Arc<SidecarView>>>,

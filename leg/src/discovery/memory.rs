@@ -41,6 +41,9 @@ pub(super) enum Subject {
     Snapshot,
     Gateways,
     Grants,
+    AddressRanges,
+    AddressBlock(u32),
+    AddressesComplete,
     Service(String),
 }
 

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tombolo_api::convert::{InvalidMessage, name, port};
 use tombolo_api::proto::discovery as wire;
+use tombolo_core::addresses::mesh::Block;
+use tombolo_core::addresses::{Number, Ranges};
 use tombolo_core::id::{ClusterId, EndpointId, GatewayId, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::liveness::Reach;
 use tombolo_core::model::{ClusterShare, Export, Freshness, GatewayAddress, Origin};
@@ -37,6 +39,16 @@ pub struct ServiceView {
     pub service: ServiceName,
     /// In the order of cluster ids.
     pub shares: Vec<ShareView>,
+    pub numbers: ServiceNumbers,
+}
+
+/// What the virtual addresses of a service are made of.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ServiceNumbers {
+    /// `None` for a headless service, and while there is none yet.
+    pub service: Option<Number>,
+    /// Of the endpoints of a headless service.
+    pub endpoints: BTreeMap<(ClusterId, EndpointId), Number>,
 }
 
 /// One cluster's part of a service.
@@ -177,8 +189,31 @@ impl TryFrom<wire::Service> for ServiceView {
             .map(|share| share_from_wire(&service, share))
             .collect::<Result<_, _>>()?;
         shares.sort_by(|a, b| a.share.cluster.cmp(&b.share.cluster));
-        Ok(Self { service, shares })
+        let numbers = service_numbers(wire.numbers.unwrap_or_default())?;
+        Ok(Self { service, shares, numbers })
     }
+}
+
+fn service_numbers(wire: wire::ServiceNumbers) -> Result<ServiceNumbers, InvalidMessage> {
+    let number = |number: u32| (number != 0).then_some(Number(number));
+    let endpoints = bounded("endpoint numbers", wire.endpoints)?.into_iter().filter_map(|endpoint| {
+        let number = number(endpoint.number)?;
+        let key = name("cluster", &endpoint.cluster)
+            .and_then(|cluster| Ok((cluster, name("endpoint id", &endpoint.endpoint_id)?)));
+        Some(key.map(|key| (key, number)))
+    });
+    Ok(ServiceNumbers { service: number(wire.service), endpoints: endpoints.collect::<Result<_, _>>()? })
+}
+
+pub(super) fn address_ranges(wire: &wire::AddressRanges) -> Result<Ranges, String> {
+    let ipv4 = wire.ipv4.parse().map_err(|error| format!("address ranges: {error}"))?;
+    let ipv6 = wire.ipv6.parse().map_err(|error| format!("address ranges: {error}"))?;
+    Ok(Ranges { ipv4, ipv6 })
+}
+
+pub(super) fn address_block(wire: &wire::AddressBlock) -> Result<Block, String> {
+    let block = Block::new(wire.services, wire.endpoints, &wire.names);
+    block.map_err(|error| format!("address block {}: {error}", wire.block))
 }
 
 fn share_from_wire(service: &ServiceName, wire: wire::Share) -> Result<ShareView, InvalidMessage> {

@@ -10,6 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tombolo_api::convert::{InvalidMessage, name};
 use tombolo_api::proto::discovery as wire;
 use tombolo_api::proto::discovery::discovery_client::DiscoveryClient;
+use tombolo_core::addresses::mesh::MeshAddresses;
 use tombolo_core::id::{InstanceName, ServiceName};
 use tombolo_trust::store::TrustStore;
 use tonic::transport::Channel;
@@ -19,8 +20,8 @@ use wire::sidecar_update::Kind as Update;
 use super::link::{self, Federation, LinkStatus, Side};
 use super::memory::{Keep, Memory, Subject, recall};
 use super::model::{
-    InboundGrants, LocalGateway, Registration, RegistrationVerdict, ServiceState, ServiceView, Welcome, inbound_grants,
-    local_gateways, registration_result, registration_to_wire, revoked,
+    InboundGrants, LocalGateway, Registration, RegistrationVerdict, ServiceState, ServiceView, Welcome, address_block,
+    address_ranges, inbound_grants, local_gateways, registration_result, registration_to_wire, revoked,
 };
 
 /// Services that one sidecar may be subscribed to at once.
@@ -61,9 +62,17 @@ struct State {
     gateways: watch::Sender<Arc<Vec<LocalGateway>>>,
     verdicts: watch::Sender<Arc<Verdicts>>,
     grants: ArcSwap<InboundGrants>,
+    addresses: watch::Sender<MeshAddresses>,
     memory: Option<Memory>,
     /// Services that the process before knew, for as long as federation has not answered this one.
     remembered: Mutex<BTreeMap<ServiceName, Arc<ServiceView>>>,
+}
+
+/// The set of mesh addresses is told in parts.
+enum Addresses {
+    Ranges(wire::AddressRanges),
+    Block(wire::AddressBlock),
+    Complete(wire::AddressesComplete),
 }
 
 /// What federation is to know, and what of it has not been said on the present stream.
@@ -101,6 +110,7 @@ impl SidecarDiscovery {
             gateways: watch::Sender::default(),
             verdicts: watch::Sender::default(),
             grants: ArcSwap::default(),
+            addresses: watch::Sender::default(),
             memory: federation.memory.clone().map(Memory::new),
             remembered: Mutex::default(),
         });
@@ -175,6 +185,11 @@ impl SidecarDiscovery {
         self.state.grants.load()
     }
 
+    /// Every virtual address of the mesh, as far as it was told; what is there is cheap to clone.
+    pub fn addresses(&self) -> watch::Receiver<MeshAddresses> {
+        self.state.addresses.subscribe()
+    }
+
     pub fn status(&self) -> watch::Receiver<LinkStatus> {
         self.state.status.subscribe()
     }
@@ -229,6 +244,23 @@ impl State {
 
     fn remembered(&self) -> MutexGuard<'_, BTreeMap<ServiceName, Arc<ServiceView>>> {
         self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handle_addresses(&self, update: Addresses) -> Result<(), String> {
+        let mut result = Ok(());
+        self.addresses.send_modify(|addresses| {
+            result = match update {
+                Addresses::Ranges(ranges) => address_ranges(&ranges).map(|ranges| addresses.handle_ranges(ranges)),
+                Addresses::Block(block) => address_block(&block).and_then(|held| {
+                    addresses.handle_block(block.block, held).map_err(|error| format!("address block: {error}"))
+                }),
+                Addresses::Complete(complete) => {
+                    addresses.handle_complete(&complete.blocks.into_iter().collect());
+                    Ok(())
+                }
+            };
+        });
+        result
     }
 
     fn show(&self, service: &ServiceName, state: ServiceState) {
@@ -356,6 +388,9 @@ impl Side for State {
                 self.grants.store(Arc::new(inbound_grants(grants).map_err(refused)?));
             }
             Update::Revoked(ids) => self.trust.set_revoked(revoked(ids).map_err(refused)?),
+            Update::AddressRanges(ranges) => self.handle_addresses(Addresses::Ranges(ranges))?,
+            Update::AddressBlock(block) => self.handle_addresses(Addresses::Block(block))?,
+            Update::AddressesComplete(complete) => self.handle_addresses(Addresses::Complete(complete))?,
         }
         Ok(())
     }
@@ -367,6 +402,9 @@ impl Side for State {
             Some(Update::Bundles(_)) => Keep::Latest(Subject::Bundles),
             Some(Update::Gateways(_)) => Keep::Latest(Subject::Gateways),
             Some(Update::InboundGrants(_)) => Keep::Latest(Subject::Grants),
+            Some(Update::AddressRanges(_)) => Keep::Latest(Subject::AddressRanges),
+            Some(Update::AddressBlock(block)) => Keep::Latest(Subject::AddressBlock(block.block)),
+            Some(Update::AddressesComplete(_)) => Keep::Latest(Subject::AddressesComplete),
             Some(Update::Service(service)) => Keep::Latest(Subject::Service(service.service.clone())),
             Some(Update::ServiceUnknown(service)) => Keep::Forget(Subject::Service(service.clone())),
             // What is registered is said anew, and decided anew.
@@ -386,8 +424,13 @@ impl Side for State {
     }
 
     fn wants(&self, subject: &Subject) -> bool {
-        let Subject::Service(service) = subject else { return true };
-        service.parse().is_ok_and(|service: ServiceName| self.wanted().services.contains_key(&service))
+        match subject {
+            Subject::Service(service) => {
+                service.parse().is_ok_and(|service: ServiceName| self.wanted().services.contains_key(&service))
+            }
+            Subject::AddressBlock(block) => self.addresses.borrow().has_block(*block),
+            _ => true,
+        }
     }
 
     fn changed(&self) -> &Notify {

@@ -421,7 +421,7 @@ impl World {
     }
 
     pub fn tell_shares(&self, shares: Vec<ShareView>) {
-        let view = ServiceView { service: "shop/web".parse().unwrap(), shares };
+        let view = ServiceView { service: "shop/web".parse().unwrap(), shares, numbers: Default::default() };
         self.told.say("shop/web", ServiceState::Known(Arc::new(view)));
     }
 
