@@ -5,21 +5,27 @@
 //! are skipped. In tombolo's own resources an unknown field is a mistake and is refused.
 
 mod convert;
+mod crd;
+pub mod mcs;
 mod read;
 #[cfg(test)]
 mod tests;
+mod value;
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tombolo_core::id::{ClusterId, TrustDomain};
 use tombolo_core::model::ServiceSelector;
 
 pub use convert::declared;
+pub use crd::definitions;
 pub use read::{DOCUMENTS_MAX, Document, Unreadable, documents};
+pub use value::from_value;
 
 pub const MULTICLUSTER_GROUP: &str = "multicluster.x-k8s.io";
 pub const TOMBOLO_GROUP: &str = "tombolo.dev";
@@ -43,11 +49,14 @@ pub struct ServiceExport {
     pub spec: Option<ServiceExportSpec>,
 }
 
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+/// What travels with an export beside its Service.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceExportSpec {
+    /// Labels for the imports of this service. Not carried yet.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub exported_labels: BTreeMap<String, String>,
+    /// Annotations for the imports of this service. Not carried yet.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub exported_annotations: BTreeMap<String, String>,
 }
@@ -66,18 +75,29 @@ pub struct ClusterPeer {
     pub status: serde::de::IgnoredAny,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What this cluster and the peer grant each other.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "!has(self.bundle) || has(self.trustDomain)", "message": "bundle needs trustDomain beside it"},
+    {"rule": "!has(self.gateways) || size(self.gateways) == 0 || has(self.bundle)",
+     "message": "gateways needs bundle beside it, to tell them by"},
+]))]
 pub struct ClusterPeerSpec {
+    /// The peer's cluster id.
+    #[schemars(with = "String", length(max = 32), regex(pattern = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))]
     pub cluster: ClusterId,
-    /// Required beside a bundle.
+    /// The peer's trust domain; required beside a bundle.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", length(max = 255))]
     pub trust_domain: Option<TrustDomain>,
     /// What the peer is offered among what is exported; everything unless set.
     #[serde(default = "everything")]
+    #[schemars(with = "Vec<Selector>", length(max = 1000))]
     pub exports: Vec<ServiceSelector>,
     /// What the peer may bring in; nothing unless set.
     #[serde(default)]
+    #[schemars(with = "Vec<Selector>", length(max = 1000))]
     pub imports: Vec<ServiceSelector>,
     /// The peer's roots: makes the peering without an invitation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -87,7 +107,8 @@ pub struct ClusterPeerSpec {
     pub gateways: Vec<String>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The roots of a peer's trust domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ClusterPeerBundle {
     /// One or more PEM certificates.
@@ -96,6 +117,18 @@ pub struct ClusterPeerBundle {
     #[serde(default)]
     pub sequence: u64,
 }
+
+/// How a [`ServiceSelector`] is written: `*`, `namespace`, `namespace/*`, `namespace/name` or `name.namespace`.
+#[derive(JsonSchema)]
+#[schemars(transparent)]
+#[expect(dead_code, reason = "only its schema is used")]
+struct Selector(
+    #[schemars(
+        length(max = 127),
+        regex(pattern = r"^(\*|[a-z0-9]([-a-z0-9]*[a-z0-9])?(/\*|[/.][a-z0-9]([-a-z0-9]*[a-z0-9])?)?)$")
+    )]
+    String,
+);
 
 fn everything() -> Vec<ServiceSelector> {
     vec![ServiceSelector::All]

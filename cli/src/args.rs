@@ -41,6 +41,8 @@ pub enum Command {
     /// Manage this cluster's own trust domain: add a root, revoke an identity
     #[command(subcommand)]
     Trust(TrustCommand),
+    /// Print the CustomResourceDefinitions of every kind that tombolo brings along, for `kubectl apply -f -`
+    Crds(CrdsCommand),
     /// Run the federation service: catalogue, trust, peer sync
     Federation(StartRole),
     /// Run an east-west gateway: QUIC tunnels to other clusters
@@ -374,6 +376,13 @@ pub struct IdentityCommand {
 pub struct SocketOnly {
     #[command(flatten)]
     pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct CrdsCommand {
+    /// Only those of one API group: `tombolo.dev` where the cluster has the Multi-Cluster Services API already
+    #[arg(long, value_name = "GROUP")]
+    pub group: Option<String>,
 }
 
 #[derive(Args)]

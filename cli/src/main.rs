@@ -44,6 +44,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Status(command) => operator::status::run(command),
         Command::Join(command) => operator::join::run(command),
         Command::Trust(command) => operator::trust::run(command),
+        Command::Crds(command) => operator::crds::run(&command),
         Command::Demo(options) => demo::run(options),
         Command::DemoApp(options) => demo::app::run(options),
         Command::Version => {

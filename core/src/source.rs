@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::id::{ClusterId, EndpointId, InstanceName, ServiceName, SpiffeId};
 use crate::model::{Authority, ServiceKind, ServicePort, SessionAffinity};
 
-pub use reduce::{ENDPOINTS_MAX, PROBLEMS_MAX, SERVICES_MAX, Surroundings, reduce};
+pub use reduce::{ENDPOINTS_MAX, PROBLEMS_MAX, Purpose, SERVICES_MAX, Surroundings, reduce};
 
 /// All that the source declares, as one consistent reading.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -23,8 +23,20 @@ pub struct LocalState {
     pub peers: BTreeMap<ClusterId, Authority>,
     /// Peerings that are made by a resource alone, with the peer's bundle in it.
     pub declared_peers: BTreeMap<ClusterId, (declared::Place, declared::DeclaredPeer)>,
+    /// Exports that are not in force, and why.
+    pub refused_exports: BTreeMap<ServiceName, ExportRefused>,
     /// What could not be read; the last good reading of it stays in force.
     pub problems: Vec<SourceProblem>,
+}
+
+/// Why a `ServiceExport` exports nothing; the first two are printed as KEP-1645 names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExportRefused {
+    NoService,
+    InvalidServiceType,
+    ReservedNamespace,
+    /// There are more services than this program takes.
+    TooMany,
 }
 
 /// A service of this cluster, exported or not.

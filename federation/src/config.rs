@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tombolo_core::addresses::Ranges;
-use tombolo_core::id::{ClusterId, TrustDomain};
+use tombolo_core::id::{ClusterId, Namespace, TrustDomain};
+use tombolo_core::sni::SYSTEM_NAMESPACE;
 use tombolo_runtime::config::{Problem, Validate};
 use tombolo_runtime::logging::LogConfig;
 use tombolo_runtime::telemetry::TelemetryConfig;
@@ -47,12 +48,31 @@ pub struct Config {
     pub drain_deadline: Duration,
 }
 
-/// Where the cluster's own services are declared.
+/// Where the cluster's own services are declared: one of the two.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct SourceConfig {
+pub enum SourceConfig {
     /// Directory of Kubernetes-shaped YAML, watched.
-    pub directory: PathBuf,
+    Directory(PathBuf),
+    /// This cluster's own API server.
+    Kubernetes(KubernetesConfig),
+}
+
+/// How the API server of this cluster is reached, and as whom.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KubernetesConfig {
+    /// The service account that the pod runs as, if absent.
+    pub kubeconfig: Option<PathBuf>,
+    /// A context of the kubeconfig; its current one if absent.
+    pub context: Option<String>,
+    /// Where tombolo is installed.
+    #[serde(default = "default_namespace")]
+    pub namespace: Namespace,
+}
+
+fn default_namespace() -> Namespace {
+    SYSTEM_NAMESPACE.parse().expect("a constant valid label")
 }
 
 fn default_discovery() -> SocketAddr {
@@ -89,8 +109,17 @@ impl Validate for Config {
         if !(SVID_LIFE_MIN..=SVID_LIFE_MAX).contains(&self.svid_life) {
             problems.push(Problem::new("svidLife", "write 4s to 30days"));
         }
-        if !self.source.directory.is_dir() {
-            problems.push(Problem::new("source.directory", "no such directory"));
+        match &self.source {
+            SourceConfig::Directory(directory) if !directory.is_dir() => {
+                problems.push(Problem::new("source.directory", "no such directory"));
+            }
+            SourceConfig::Kubernetes(KubernetesConfig { kubeconfig: Some(file), .. }) if !file.is_file() => {
+                problems.push(Problem::new("source.kubernetes.kubeconfig", "no such file"));
+            }
+            SourceConfig::Kubernetes(KubernetesConfig { kubeconfig: None, context: Some(_), .. }) => {
+                problems.push(Problem::new("source.kubernetes.context", "needs kubeconfig beside it"));
+            }
+            SourceConfig::Directory(_) | SourceConfig::Kubernetes(_) => {}
         }
         problems
     }
@@ -124,6 +153,26 @@ mod tests {
         assert_eq!((config.virtual_addresses.count(), config.virtual_addresses.ipv6), (4096, Ranges::default().ipv6));
         let refused = read("10.96.0.0/12").unwrap_err().to_string();
         assert!(refused.contains("f.yaml:4:") && refused.contains("240.0.0.0/4"), "{refused}");
+    }
+
+    #[test]
+    fn the_source_is_a_directory_or_an_api_server() {
+        let source = |source: &str| {
+            let text = format!("cluster: east\nstate: /x\nsource: {source}\n");
+            parse::<Config>(&text, Path::new("f.yaml")).map(|config| config.source).map_err(|error| error.to_string())
+        };
+        let SourceConfig::Kubernetes(kubernetes) = source("{kubernetes: {}}").unwrap() else { panic!("a directory") };
+        assert_eq!((kubernetes.kubeconfig, kubernetes.namespace.as_str()), (None, "tombolo-system"));
+        for (text, want) in [
+            ("{directory: /, kubernetes: {}}", "f.yaml:3"),
+            ("{}", "f.yaml:3"),
+            ("{kubernetes: {kubeconfig: /no/such}}", "source.kubernetes.kubeconfig"),
+            ("{kubernetes: {context: east}}", "source.kubernetes.context"),
+            ("{kubernetes: {kubeconfg: /}}", "kubeconfg"),
+        ] {
+            let refused = source(text).unwrap_err();
+            assert!(refused.contains(want), "{text}: {refused}");
+        }
     }
 
     #[test]

@@ -253,6 +253,7 @@ fn of_export(error: ExportError) -> Status {
         ExportError::ExternalName(_)
         | ExportError::SystemNamespace
         | ExportError::ByHand { .. }
+        | ExportError::Kubernetes
         | ExportError::File(_) => Code::FailedPrecondition,
         ExportError::Stopping => Code::Unavailable,
     };

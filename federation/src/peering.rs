@@ -129,7 +129,7 @@ pub enum PeeringError {
     UnreadableAnswer,
     #[error("no peer {0}; see `tombolo peer list`")]
     UnknownPeer(ClusterId),
-    #[error("peer {0} is declared by a ClusterPeer in the source directory; remove it there")]
+    #[error("peer {0} is declared by a ClusterPeer in the source; remove it there")]
     DeclaredPeer(ClusterId),
     #[error(transparent)]
     Command(#[from] CommandRefused),

@@ -25,13 +25,14 @@ use tombolo_trust::svid::SvidSource;
 use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
 use crate::addresses::Allocator;
-use crate::config::Config;
+use crate::config::{Config, SourceConfig};
 use crate::discovery::DiscoveryService;
 use crate::hub::{self, HubHandle, HubStart, PeeringEvent, remembered};
 use crate::identity::IdentityService;
 use crate::operator::{OperatorService, OperatorSocket};
 use crate::peering::{self, Peering};
 use crate::report;
+use crate::source::kubernetes::{self, KubernetesSettings};
 use crate::source::{self, SourceHandle, SourceSettings};
 use crate::store::Store;
 use crate::sync::publisher::Publisher;
@@ -74,7 +75,12 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     hub.own_revoked(revoked.sequence, revoked.ids).await?;
 
     let mut tasks = JoinSet::new();
-    let source = start_source(&config, &base, &hub, &process.readiness, &mut tasks).await?;
+    let started = start_source(&config, &base, &hub, &process.readiness, &mut tasks);
+    let source = tokio::select! {
+        started = started => started?,
+        // An API server may be away for long.
+        () = process.drain.draining() => return Ok(()),
+    };
     let peering = start_peering(&config, &base, &hub, events, &process.metrics).await?;
     let ranges = config.virtual_addresses;
     let allocator = Allocator::start(hub.clone(), base.store.clone(), ranges, &process.metrics).await?;
@@ -161,13 +167,18 @@ async fn start_source(
     readiness: &Readiness,
     tasks: &mut JoinSet<()>,
 ) -> anyhow::Result<SourceHandle> {
-    let read = readiness.condition("source", "the source directory has not been read yet");
-    let settings = SourceSettings {
-        directory: config.source.directory.clone(),
-        cluster: config.cluster.clone(),
-        trust_domain: config.trust_domain(),
+    let read = readiness.condition("source", "the source has not been read yet");
+    let (cluster, trust_domain) = (config.cluster.clone(), config.trust_domain());
+    let source = match &config.source {
+        SourceConfig::Directory(directory) => {
+            let settings = SourceSettings { directory: directory.clone(), cluster, trust_domain };
+            source::start(settings, base.store.clone()).await
+        }
+        SourceConfig::Kubernetes(kubernetes) => {
+            let settings = KubernetesSettings { kubernetes: kubernetes.clone(), cluster, trust_domain };
+            kubernetes::start(settings).await?
+        }
     };
-    let source = source::start(settings, base.store.clone()).await;
     let first = source.state().borrow().as_ref().clone();
     hub.local_changed(first).await?;
     read.holds();

@@ -119,13 +119,15 @@ impl Cluster {
     }
 
     pub async fn start_federation(&mut self, extra: Value) -> anyhow::Result<Announced> {
-        let config = json!({
+        let mut config = json!({
             "cluster": self.name,
             "state": self.state(),
-            "source": { "directory": self.dir.join("cluster") },
             "discovery": "127.0.0.1:0",
             "legs": "127.0.0.1:0",
         });
+        if extra.get("source").is_none() {
+            config["source"] = json!({ "directory": self.dir.join("cluster") });
+        }
         let announced = self.start_role("federation", "federation", merged(config, extra)).await?;
         self.discovery = Some(announced.address("discovery")?);
         Ok(announced)

@@ -69,20 +69,29 @@ pub struct Process {
 impl Process {
     /// Starts `binary` with `arguments`; its output is appended to `<dir>/<name>.log`.
     pub fn start(binary: &Binary, name: &str, dir: &Path, arguments: &[&str]) -> anyhow::Result<Self> {
+        let mut command = Command::new(&binary.path);
+        command.envs(binary.environment.iter().cloned()).arg("--die-with-parent").args(arguments);
+        Self::spawn(command, binary.namespace.as_ref(), name, dir)
+    }
+
+    /// The same with a program that is not ours.
+    pub fn start_other(program: &Path, name: &str, dir: &Path, arguments: &[&str]) -> anyhow::Result<Self> {
+        let mut command = Command::new(program);
+        command.args(arguments);
+        Self::spawn(command, None, name, dir)
+    }
+
+    fn spawn(mut command: Command, namespace: Option<&Namespace>, name: &str, dir: &Path) -> anyhow::Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let output = File::options().create(true).append(true).open(&log)?;
-        let mut command = Command::new(&binary.path);
         command
-            .envs(binary.environment.iter().cloned())
-            .arg("--die-with-parent")
-            .args(arguments)
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output)
             // Ctrl-C in a terminal reaches the whole group: who starts a testbed also stops it, in order.
             .process_group(0)
             .kill_on_drop(true);
-        let child = match &binary.namespace {
+        let child = match namespace {
             Some(namespace) => namespace.within(|| command.spawn())?,
             None => command.spawn(),
         };
@@ -120,6 +129,11 @@ impl Process {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    /// Whether it has ended by itself.
+    pub fn has_ended(&mut self) -> anyhow::Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     /// Waits for the process to end by itself.

@@ -1,6 +1,7 @@
-//! The operator's commands: each asks the federation of this cluster over its Unix socket.
+//! The operator's commands: all but `crds` ask the federation of this cluster over its Unix socket.
 
 pub mod client;
+pub mod crds;
 pub mod export;
 pub mod join;
 pub mod peer;

@@ -59,7 +59,10 @@ fn print(status: &StatusResponse) {
     table::print(&["sidecar", "ready", "serves", "identity"], sidecars);
     print_revoked(&status.revoked);
     for problem in &status.problems {
-        anstream::println!("\nproblem: {}:{}: {}", problem.file, problem.line, problem.reason);
+        match problem.line {
+            0 => anstream::println!("\nproblem: {}: {}", problem.file, problem.reason),
+            line => anstream::println!("\nproblem: {}:{line}: {}", problem.file, problem.reason),
+        }
     }
 }
 

@@ -6,17 +6,20 @@ use std::sync::Arc;
 use crate::id::{ClusterId, InstanceName, ServiceName, TrustDomain};
 use crate::model::{Authority, ServicePort, SessionAffinity};
 
-/// Where an object was written.
+/// Where an object was written: a file and line, or an object of an API server by kind, namespace and name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     pub file: Arc<str>,
-    /// 1-based line of the object's first key.
+    /// 1-based line of the object's first key; 0 where there are no lines.
     pub line: u32,
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.file, self.line)
+        match self.line {
+            0 => f.write_str(&self.file),
+            line => write!(f, "{}:{line}", self.file),
+        }
     }
 }
 

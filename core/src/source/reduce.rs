@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 
 use super::declared::{Declared, DeclaredPeer, DeclaredService, DeclaredSlice, Object, Place, ServiceType};
-use super::{LocalEndpoint, LocalService, LocalState, SourceProblem};
+use super::{ExportRefused, LocalEndpoint, LocalService, LocalState, SourceProblem};
 use crate::id::{ClusterId, EndpointId, ServiceName, SpiffeId, TrustDomain};
 use crate::invitation::PEERS_MAX;
 use crate::model::{ServiceKind, ServicePort};
@@ -19,8 +19,19 @@ pub const SERVICES_MAX: usize = 10_000;
 /// Problems reported at a time; the last one then says how many more there are.
 pub const PROBLEMS_MAX: usize = 200;
 
+/// What the objects of a source are there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// All of them were written for the mesh: each that can't be used is a problem.
+    Mesh,
+    /// A whole cluster's. Only what is exported is the mesh's affair, and objects of different kinds arrive at
+    /// different times.
+    Everything,
+}
+
 /// What the reduction needs to know beside the objects.
 pub struct Surroundings<'a> {
+    pub purpose: Purpose,
     pub cluster: &'a ClusterId,
     pub trust_domain: &'a TrustDomain,
     /// When each export was first seen; `now` is taken for one that is missing.
@@ -34,8 +45,9 @@ pub struct Surroundings<'a> {
 /// other is reported. `problems` are those that reading has found already.
 pub fn reduce(mut objects: Vec<Declared>, problems: Vec<SourceProblem>, around: &Surroundings<'_>) -> LocalState {
     objects.sort_by(|a, b| a.place.cmp(&b.place));
-    let mut reduction = Reduction { around, problems };
+    let mut reduction = Reduction { around, problems, refused_exports: BTreeMap::new(), exported: BTreeSet::new() };
     let sorted = reduction.sort(&objects);
+    reduction.exported = sorted.exports.keys().map(|name| (*name).clone()).collect();
     let mut services = BTreeMap::new();
     for (name, (place, service)) in &sorted.services {
         if services.len() == SERVICES_MAX {
@@ -61,6 +73,7 @@ pub fn reduce(mut objects: Vec<Declared>, problems: Vec<SourceProblem>, around: 
             .filter(|(_, peer)| peer.bundle.is_some())
             .map(|(place, peer)| (peer.cluster.clone(), (place, peer)))
             .collect(),
+        refused_exports: reduction.refused_exports,
         problems: bounded(reduction.problems),
     }
 }
@@ -88,11 +101,21 @@ struct Sorted<'a> {
 struct Reduction<'a> {
     around: &'a Surroundings<'a>,
     problems: Vec<SourceProblem>,
+    refused_exports: BTreeMap<ServiceName, ExportRefused>,
+    /// Services that somebody wants exported.
+    exported: BTreeSet<ServiceName>,
 }
 
 impl Reduction<'_> {
     fn report(&mut self, place: &Place, reason: String) {
         self.problems.push(SourceProblem { file: place.file.to_string(), line: place.line, reason });
+    }
+
+    /// A problem of a Service, where it is the mesh's affair.
+    fn report_service(&mut self, place: &Place, service: &ServiceName, reason: String) {
+        if self.around.purpose == Purpose::Mesh || self.exported.contains(service) {
+            self.report(place, reason);
+        }
     }
 
     fn sort<'o>(&mut self, objects: &'o [Declared]) -> Sorted<'o> {
@@ -130,8 +153,13 @@ impl Reduction<'_> {
             Object::Peer(_) => return false,
         };
         let reserved = service.namespace().as_str() == SYSTEM_NAMESPACE;
-        if reserved {
+        let is_export = matches!(object, Object::Export(_));
+        // Where tombolo runs in the cluster that it reads, its own Services are there.
+        if reserved && (is_export || self.around.purpose == Purpose::Mesh) {
             self.report(place, format!("namespace {SYSTEM_NAMESPACE} is tombolo's own; use another one"));
+        }
+        if reserved && is_export {
+            self.refused_exports.insert(service.clone(), ExportRefused::ReservedNamespace);
         }
         reserved
     }
@@ -158,19 +186,19 @@ impl Reduction<'_> {
         let mut ports = BTreeSet::new();
         for port in &declared.ports {
             if !numbers.insert((port.port, port.transport)) || !names.insert(&port.name) {
-                self.report(
-                    place,
-                    format!("Service {name} has port {} {:?} twice; the first one counts", port.port, port.name),
-                );
+                let reason =
+                    format!("Service {name} has port {} {:?} twice; the first one counts", port.port, port.name);
+                self.report_service(place, name, reason);
                 continue;
             }
             if port.name.is_empty() && declared.ports.len() > 1 {
-                self.report(place, format!("Service {name} has several ports: name port {}", port.port));
+                let reason = format!("Service {name} has several ports: name port {}", port.port);
+                self.report_service(place, name, reason);
             }
             ports.insert(port.clone());
         }
         if ports.is_empty() && declared.service_type == ServiceType::ClusterIp {
-            self.report(place, format!("Service {name} has no ports; nobody can call it"));
+            self.report_service(place, name, format!("Service {name} has no ports; nobody can call it"));
         }
         ports
     }
@@ -186,13 +214,11 @@ impl Reduction<'_> {
             }
         }
         if ids.is_empty() && declared.service_type != ServiceType::ExternalName {
-            self.report(
-                place,
-                format!(
-                    "Service {name} names nobody who may serve it; add the annotation \
-                     tombolo.dev/service-accounts: <account>[,<account>]"
-                ),
+            let reason = format!(
+                "Service {name} names nobody who may serve it; add the annotation \
+                 tombolo.dev/service-accounts: <account>[,<account>]"
             );
+            self.report_service(place, name, reason);
         }
         ids
     }
@@ -201,7 +227,11 @@ impl Reduction<'_> {
         let Some(service) = services.get_mut(&slice.service) else {
             let reason =
                 format!("EndpointSlice {} belongs to Service {}, which is not here", slice.name, slice.service);
-            return self.report(place, reason);
+            // An export of it is refused for the same reason; elsewhere the Service may just be on its way.
+            if self.around.purpose == Purpose::Mesh {
+                self.report(place, reason);
+            }
+            return;
         };
         for endpoint in &slice.endpoints {
             if service.endpoints.len() >= ENDPOINTS_MAX {
@@ -232,12 +262,19 @@ impl Reduction<'_> {
             service.exported = Some(self.around.first_seen.get(name).copied().unwrap_or(self.around.now));
             return;
         }
-        // The reasons are those of the ServiceExport conditions in KEP-1645.
-        let reason = if sorted.services.contains_key(name) {
-            format!("InvalidServiceType: Service {name} is of type ExternalName, which can't be exported")
-        } else {
-            format!("NoService: ServiceExport {name} exports a Service that is not here")
+        let (refused, reason) = match sorted.services.get(name) {
+            Some((_, service)) if service.service_type == ServiceType::ExternalName => (
+                ExportRefused::InvalidServiceType,
+                format!("InvalidServiceType: Service {name} is of type ExternalName, which can't be exported"),
+            ),
+            // Which service was left out for it is reported with that service.
+            Some(_) => (ExportRefused::TooMany, format!("ServiceExport {name}: more than {SERVICES_MAX} services")),
+            None => (
+                ExportRefused::NoService,
+                format!("NoService: ServiceExport {name} exports a Service that is not here"),
+            ),
         };
+        self.refused_exports.insert(name.clone(), refused);
         self.report(place, reason);
     }
 

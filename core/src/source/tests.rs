@@ -62,9 +62,14 @@ fn peer(cluster: &str, domain: Option<&str>) -> DeclaredPeer {
 const NOW: i64 = 1_800_000_000;
 
 fn reduced(objects: Vec<Declared>) -> LocalState {
+    reduced_for(Purpose::Mesh, objects)
+}
+
+fn reduced_for(purpose: Purpose, objects: Vec<Declared>) -> LocalState {
     let first_seen: BTreeMap<ServiceName, Timestamp> =
         [("shop/old".parse().unwrap(), Timestamp::from_second(1_000).unwrap())].into();
     let around = Surroundings {
+        purpose,
         cluster: &"east".parse().unwrap(),
         trust_domain: &"east.tombolo".parse().unwrap(),
         first_seen: &first_seen,
@@ -224,4 +229,35 @@ fn problems_and_endpoints_are_bounded() {
     ]);
     assert_eq!(state.services[&name("shop/web")].endpoints.len(), ENDPOINTS_MAX);
     assert_eq!(problems(&state), ["a:9 Service shop/web has more than 10000 endpoints"]);
+}
+
+#[test]
+fn of_a_whole_clusters_objects_only_what_is_exported_is_reported() {
+    let nameless = |name| Object::Service(DeclaredService { service_accounts: vec![], ..service(name) });
+    let place = |kind: &str, name: &str, object| at(&format!("{kind}/{name}"), 0, object);
+    let objects = vec![
+        place("Service", "shop/web", nameless("shop/web")),
+        place("Service", "shop/db", nameless("shop/db")),
+        place("Service", "tombolo-system/gateway", nameless("tombolo-system/gateway")),
+        place("EndpointSlice", "shop/gone-1", Object::Slice(slice("gone-1", "shop/gone", &["a"]))),
+        place("ServiceExport", "shop/web", export("shop/web")),
+        place("ServiceExport", "shop/gone", export("shop/gone")),
+        place("ServiceExport", "tombolo-system/gateway", export("tombolo-system/gateway")),
+    ];
+    assert_eq!(reduced(objects.clone()).problems.len(), 6);
+    let state = reduced_for(Purpose::Everything, objects);
+    let about: Vec<&str> = state.problems.iter().map(|problem| problem.file.as_str()).collect();
+    assert_eq!(about, ["Service/shop/web", "ServiceExport/shop/gone", "ServiceExport/tombolo-system/gateway"]);
+    let refused = [
+        (name("shop/gone"), ExportRefused::NoService),
+        (name("tombolo-system/gateway"), ExportRefused::ReservedNamespace),
+    ];
+    assert_eq!(state.refused_exports, refused.into());
+    assert!(state.services[&name("shop/web")].exported.is_some());
+}
+
+#[test]
+fn an_object_without_lines_is_named_alone() {
+    assert_eq!(Place { file: "web.yaml".into(), line: 3 }.to_string(), "web.yaml:3");
+    assert_eq!(Place { file: "Service/shop/web".into(), line: 0 }.to_string(), "Service/shop/web");
 }

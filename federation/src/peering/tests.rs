@@ -531,7 +531,7 @@ async fn a_resource_with_a_bundle_peers_and_its_removal_ends_that() {
     let record = east.relay.peers.lock().unwrap()["west"].clone();
     assert_eq!((record.bundle.sequence, record.gateways[0].address.as_str()), (4, "west.example:15443"));
     let error = east.peering.remove("west".parse().unwrap()).await.unwrap_err().to_string();
-    assert!(error.contains("is declared by a ClusterPeer in the source directory"), "{error}");
+    assert!(error.contains("is declared by a ClusterPeer in the source;"), "{error}");
     let error = west.refused(&east.invite().await).await;
     assert!(error.contains("bound to a peer already"), "{error}");
     east.peering.apply_declared(&LocalState::default()).await.unwrap();

@@ -1,10 +1,12 @@
-//! Where the cluster's own services come from: a directory of Kubernetes-shaped YAML.
+//! Where the cluster's own services come from: a directory of Kubernetes-shaped YAML, or the cluster's own API
+//! server ([`kubernetes`]).
 //!
-//! One task owns the reading. An edit takes effect within about 100 ms; what is wrong is reported
+//! One task owns the reading of the directory. An edit takes effect within about 100 ms; what is wrong is reported
 //! with file and line, and the last good content of that file stays in force.
 
 mod directory;
 mod export;
+pub mod kubernetes;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -20,7 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch as latest};
 use tombolo_core::id::{ClusterId, EndpointId, ServiceName, TrustDomain};
 use tombolo_core::sni::SYSTEM_NAMESPACE;
 use tombolo_core::source::declared::{Declared, Object, Place};
-use tombolo_core::source::{LocalState, Surroundings, reduce};
+use tombolo_core::source::{LocalState, Purpose, Surroundings, reduce};
 use tombolo_trust::peering::sha256;
 
 use crate::hub::HubHandle;
@@ -37,7 +39,7 @@ pub fn endpoint_id(cluster: &ClusterId, service: &ServiceName, instance: &str) -
     HEXLOWER.encode(&digest[..8]).parse().expect("hexadecimal digits are a label")
 }
 
-/// What a source reads, and for whom.
+/// Which directory is read, and for whom.
 #[derive(Debug, Clone)]
 pub struct SourceSettings {
     pub directory: PathBuf,
@@ -60,6 +62,11 @@ pub enum ExportError {
     ByHand { service: ServiceName, place: Place },
     #[error(transparent)]
     File(#[from] ExportFileError),
+    #[error(
+        "this cluster's exports are ServiceExport objects of its API server, written under your own rights: \
+         use `kubectl`"
+    )]
+    Kubernetes,
     #[error("the federation is stopping")]
     Stopping,
 }
@@ -132,6 +139,21 @@ pub async fn feed(source: &SourceHandle, hub: HubHandle) {
     }
 }
 
+/// Publishes a state if it is another one than before, and logs the problems that are new in it.
+fn replace(changed: &latest::Sender<Arc<LocalState>>, state: LocalState) {
+    changed.send_if_modified(|current| {
+        if **current == state {
+            return false;
+        }
+        for problem in state.problems.iter().filter(|problem| !current.problems.contains(problem)) {
+            tracing::warn!(file = %problem.file, line = problem.line, reason = %problem.reason, "source");
+        }
+        tracing::info!(services = state.services.len(), problems = state.problems.len(), "the source was read");
+        *current = Arc::new(state);
+        true
+    });
+}
+
 struct Source {
     settings: SourceSettings,
     store: Store,
@@ -186,24 +208,14 @@ impl Source {
     fn publish(&self, reading: Reading, first_seen: &BTreeMap<ServiceName, Timestamp>) {
         let cluster = &self.settings.cluster;
         let around = Surroundings {
+            purpose: Purpose::Mesh,
             cluster,
             trust_domain: &self.settings.trust_domain,
             first_seen,
             now: Timestamp::now(),
             endpoint_id: &|service, instance| endpoint_id(cluster, service, instance),
         };
-        let state = reduce(reading.objects, reading.problems, &around);
-        self.changed.send_if_modified(|current| {
-            if **current == state {
-                return false;
-            }
-            for problem in state.problems.iter().filter(|problem| !current.problems.contains(problem)) {
-                tracing::warn!(file = %problem.file, line = problem.line, reason = %problem.reason, "source");
-            }
-            tracing::info!(services = state.services.len(), problems = state.problems.len(), "the source was read");
-            *current = Arc::new(state);
-            true
-        });
+        replace(&self.changed, reduce(reading.objects, reading.problems, &around));
     }
 
     async fn export(&mut self, service: ServiceName) -> Result<Exported, ExportError> {
