@@ -12,13 +12,20 @@ use serde::Serialize;
 pub struct OutlierConfig {
     /// Resets, lost connections and missed deadlines in a row.
     pub failures: u32,
-    /// Answers 502, 503 and 504 in a row.
+    /// Answers 502, 503 and 504 in a row; 0 for never.
     pub gateway_errors: u32,
+    /// Answers 5xx of any kind in a row; 0 for never.
+    pub server_errors: u32,
+    /// Answers in a row that took longer than `slow_after`; 0 for never.
+    pub slow: u32,
+    pub slow_after: Duration,
     /// The first pause; each ejection soon after another doubles it.
     pub pause: Duration,
     pub pause_max: Duration,
     /// A probe without a result for this long has failed.
     pub probe_timeout: Duration,
+    /// The same while a hang is suspected and requests wait, or as many times the p99 as for the suspicion.
+    pub hang_probe_min: Duration,
     /// A hang is suspected when nothing completed for this many times the endpoint's own p99 ...
     pub hang_factor: u32,
     /// ... but never sooner than this ...
@@ -32,11 +39,15 @@ impl Default for OutlierConfig {
         Self {
             failures: 3,
             gateway_errors: 5,
+            server_errors: 0,
+            slow: 0,
+            slow_after: Duration::from_secs(1),
             pause: Duration::from_millis(500),
             pause_max: Duration::from_secs(30),
             probe_timeout: Duration::from_secs(2),
+            hang_probe_min: Duration::from_millis(300),
             hang_factor: 4,
-            hang_after_min: Duration::from_millis(300),
+            hang_after_min: Duration::from_millis(250),
             hang_outstanding: 3,
         }
     }
@@ -49,6 +60,8 @@ pub enum Outcome {
     Answered { after: Duration },
     /// An answer 502, 503 or 504.
     GatewayError { after: Duration },
+    /// Another answer 5xx.
+    ServerError { after: Duration },
     /// The connection was reset or lost, or the deadline passed.
     Failed,
     /// The endpoint, its sidecar or its application did not accept the connection.
@@ -68,8 +81,32 @@ pub enum Elsewhere {
 pub enum EjectReason {
     Failures,
     GatewayErrors,
+    ServerErrors,
+    Slow,
     Refused,
     Hung,
+}
+
+impl EjectReason {
+    pub const ALL: [EjectReason; 6] =
+        [Self::Failures, Self::GatewayErrors, Self::ServerErrors, Self::Slow, Self::Refused, Self::Hung];
+
+    /// As it is written in metrics and for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Failures => "failures",
+            Self::GatewayErrors => "gateway-errors",
+            Self::ServerErrors => "server-errors",
+            Self::Slow => "slow",
+            Self::Refused => "refused",
+            Self::Hung => "hung",
+        }
+    }
+
+    /// Whether requests that wait at the endpoint can't expect an answer any more, and should go elsewhere.
+    pub fn leaves_waiting(self) -> bool {
+        matches!(self, Self::Failures | Self::Hung)
+    }
 }
 
 /// What the shell has to do.
@@ -103,8 +140,13 @@ enum State {
 pub struct Outlier {
     config: OutlierConfig,
     state: State,
+    reason: Option<EjectReason>,
     failures: u32,
     gateway_errors: u32,
+    server_errors: u32,
+    slow: u32,
+    /// Probes that answered since something last completed: each doubles the silence before the next one.
+    patience: u32,
     /// Ejections in a row, each soon after the one before.
     ejections: u32,
     restored: Option<Instant>,
@@ -114,14 +156,20 @@ pub struct Outlier {
 
 /// An endpoint that stayed in for this long starts again with the first pause.
 const FORGIVE_AFTER: Duration = Duration::from_secs(60);
+/// An application that is alive and completes nothing is asked at least this often.
+const PATIENCE_MAX: Duration = Duration::from_secs(30);
 
 impl Outlier {
     pub fn new(config: OutlierConfig) -> Self {
         Self {
             config,
             state: State::Admitted,
+            reason: None,
             failures: 0,
             gateway_errors: 0,
+            server_errors: 0,
+            slow: 0,
+            patience: 0,
             ejections: 0,
             restored: None,
             latency: Latency::default(),
@@ -133,26 +181,38 @@ impl Outlier {
         matches!(self.state, State::Ejected { .. } | State::Probing { .. })
     }
 
+    /// Why it is ejected, if it is.
+    pub fn ejected_for(&self) -> Option<EjectReason> {
+        self.reason.filter(|_| self.is_ejected())
+    }
+
     /// Counts the end of a try.
     pub fn handle_outcome(&mut self, outcome: Outcome, elsewhere: Elsewhere, now: Instant) -> Option<OutlierEvent> {
-        let reason = match outcome {
-            Outcome::Answered { after } => {
-                (self.failures, self.gateway_errors) = (0, 0);
+        let slow = match outcome {
+            Outcome::Answered { after } | Outcome::GatewayError { after } | Outcome::ServerError { after } => {
                 self.complete(after, now);
-                return None;
+                after > self.config.slow_after
             }
-            Outcome::GatewayError { after } => {
-                self.failures = 0;
-                self.gateway_errors = self.gateway_errors.saturating_add(1);
-                self.complete(after, now);
-                (self.gateway_errors >= self.config.gateway_errors).then_some(EjectReason::GatewayErrors)
-            }
-            Outcome::Failed => {
-                self.failures = self.failures.saturating_add(1);
-                (self.failures >= self.config.failures).then_some(EjectReason::Failures)
-            }
-            Outcome::Refused => Some(EjectReason::Refused),
+            Outcome::Failed | Outcome::Refused => false,
         };
+        let failed = matches!(outcome, Outcome::Failed);
+        let gateway_error = matches!(outcome, Outcome::GatewayError { .. });
+        let server_error = gateway_error || matches!(outcome, Outcome::ServerError { .. });
+        // What was refused was no answer: it says nothing of the rows of answers.
+        let OutlierConfig { failures, gateway_errors, server_errors, slow: slow_answers, .. } = self.config;
+        let rows = [
+            (&mut self.failures, failed, failures, EjectReason::Failures),
+            (&mut self.gateway_errors, gateway_error, gateway_errors, EjectReason::GatewayErrors),
+            (&mut self.server_errors, server_error, server_errors, EjectReason::ServerErrors),
+            (&mut self.slow, slow, slow_answers, EjectReason::Slow),
+        ];
+        let mut reason = (outcome == Outcome::Refused).then_some(EjectReason::Refused);
+        for (row, counts, limit, named) in rows {
+            *row = if counts { row.saturating_add(1) } else { 0 };
+            if limit > 0 && *row >= limit {
+                reason = reason.or(Some(named));
+            }
+        }
         self.eject(reason?, elsewhere, now)
     }
 
@@ -161,7 +221,13 @@ impl Outlier {
     pub fn handle_outstanding(&mut self, count: u32, oldest: Instant, now: Instant) -> Option<OutlierEvent> {
         let silent_since = self.completed.map_or(oldest, |completed| completed.max(oldest));
         let silent = now.saturating_duration_since(silent_since);
-        if self.state != State::Admitted || count < self.config.hang_outstanding || silent < self.hang_after()? {
+        if self.state != State::Admitted || count < self.config.hang_outstanding {
+            return None;
+        }
+        // An application that is alive and silent, as with requests that wait for news, is asked ever less often.
+        let first = self.hang_after()?;
+        let wanted = first.saturating_mul(1 << self.patience.min(16)).min(PATIENCE_MAX.max(first));
+        if silent < wanted {
             return None;
         }
         self.state = State::Questioned { since: now };
@@ -174,6 +240,7 @@ impl Outlier {
             (State::Questioned { .. }, true) => {
                 // Slow but alive: its silence begins anew.
                 self.completed = Some(now);
+                self.patience = self.patience.saturating_add(1);
                 self.state = State::Admitted;
                 None
             }
@@ -193,7 +260,7 @@ impl Outlier {
 
     /// The endpoint's own side has declared it ready anew: what was held against it is out of date.
     pub fn handle_ready_again(&mut self, now: Instant) -> Option<OutlierEvent> {
-        (self.failures, self.gateway_errors) = (0, 0);
+        self.forget_rows();
         self.is_ejected().then(|| self.restore(now))
     }
 
@@ -201,7 +268,8 @@ impl Outlier {
         match self.state {
             State::Admitted => None,
             State::Ejected { until } => Some(until),
-            State::Questioned { since } | State::Probing { since } => Some(since + self.config.probe_timeout),
+            State::Questioned { since } => Some(since + self.hang_probe_timeout()),
+            State::Probing { since } => Some(since + self.config.probe_timeout),
         }
     }
 
@@ -225,12 +293,13 @@ impl Outlier {
         }
         let forgiven = self.restored.is_none_or(|restored| now.saturating_duration_since(restored) > FORGIVE_AFTER);
         self.ejections = if forgiven { 1 } else { self.ejections.saturating_add(1) };
-        (self.failures, self.gateway_errors) = (0, 0);
-        self.state = State::Ejected { until: now + self.pause() };
+        self.forget_rows();
+        (self.state, self.reason) = (State::Ejected { until: now + self.pause() }, Some(reason));
         Some(OutlierEvent::Ejected(reason))
     }
 
     fn restore(&mut self, now: Instant) -> OutlierEvent {
+        self.forget_rows();
         (self.state, self.restored, self.completed) = (State::Admitted, Some(now), Some(now));
         OutlierEvent::Restored
     }
@@ -240,14 +309,23 @@ impl Outlier {
         self.config.pause.saturating_mul(1 << doublings).min(self.config.pause_max)
     }
 
+    fn forget_rows(&mut self) {
+        (self.failures, self.gateway_errors, self.server_errors, self.slow) = (0, 0, 0, 0);
+    }
+
     fn complete(&mut self, after: Duration, now: Instant) {
-        self.completed = Some(now);
+        (self.completed, self.patience) = (Some(now), 0);
         self.latency.record(after);
     }
 
     fn hang_after(&self) -> Option<Duration> {
         let p99 = self.latency.p99()?;
         Some(p99.saturating_mul(self.config.hang_factor).max(self.config.hang_after_min))
+    }
+
+    fn hang_probe_timeout(&self) -> Duration {
+        let usual = self.latency.p99().unwrap_or_default().saturating_mul(self.config.hang_factor);
+        usual.clamp(self.config.hang_probe_min, self.config.probe_timeout.max(self.config.hang_probe_min))
     }
 }
 
@@ -351,6 +429,29 @@ mod tests {
     }
 
     #[test]
+    fn server_errors_and_slow_answers_count_where_they_are_asked_to() {
+        let slow = Outcome::Answered { after: Duration::from_millis(900) };
+        let error = Outcome::ServerError { after: Duration::from_millis(1) };
+        check(&[error; 20], Elsewhere::Capacity, None);
+        check(&[slow; 20], Elsewhere::Capacity, None);
+        let config = OutlierConfig {
+            server_errors: 3,
+            slow: 2,
+            slow_after: Duration::from_millis(500),
+            ..OutlierConfig::default()
+        };
+        let ejected = |outcomes: &[Outcome]| {
+            let mut outlier = Outlier::new(config);
+            let now = Instant::now();
+            outcomes.iter().find_map(|outcome| outlier.handle_outcome(*outcome, Elsewhere::Capacity, now))
+        };
+        assert_eq!(ejected(&[error, error, FAST, error, error]), None);
+        assert_eq!(ejected(&[error, BAD_GATEWAY, error]), Some(OutlierEvent::Ejected(EjectReason::ServerErrors)));
+        assert_eq!(ejected(&[slow, FAST, slow]), None);
+        assert_eq!(ejected(&[slow, slow]), Some(OutlierEvent::Ejected(EjectReason::Slow)));
+    }
+
+    #[test]
     fn an_ejected_endpoint_returns_by_a_probe() {
         let mut bench = Bench::new();
         assert_eq!(bench.outcome(Outcome::Refused, 0), Some(OutlierEvent::Ejected(EjectReason::Refused)));
@@ -402,9 +503,26 @@ mod tests {
         assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(600)), Some(OutlierEvent::Probe));
         assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(610)), None);
         assert_eq!(bench.probe(true, 620), None);
-        assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(700)), None);
-        assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(1200)), Some(OutlierEvent::Probe));
-        assert_eq!(bench.probe(false, 1300), Some(OutlierEvent::Ejected(EjectReason::Hung)));
+        // It lives: twice the silence before it is asked again.
+        assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(1_600)), None);
+        assert_eq!(bench.outlier.handle_outstanding(5, oldest, bench.at(1_700)), Some(OutlierEvent::Probe));
+        assert_eq!(bench.probe(false, 1_710), Some(OutlierEvent::Ejected(EjectReason::Hung)));
+    }
+
+    #[test]
+    fn a_probe_for_a_hang_is_waited_for_as_long_as_the_endpoint_usually_takes() {
+        for (usual_ms, want_ms) in [(1, 300), (100, 4 * 131), (10_000, 2_000)] {
+            let mut bench = Bench::new();
+            for _ in 0..100 {
+                bench.outcome(Outcome::Answered { after: Duration::from_millis(usual_ms) }, 0);
+            }
+            let oldest = bench.at(0);
+            assert_eq!(bench.outlier.handle_outstanding(3, oldest, bench.at(100_000)), Some(OutlierEvent::Probe));
+            let due = bench.outlier.poll_timeout().unwrap() - bench.at(100_000);
+            assert!(due.abs_diff(Duration::from_millis(want_ms)) < Duration::from_millis(1), "{usual_ms}: {due:?}");
+            let event = bench.outlier.handle_timeout(Elsewhere::Capacity, bench.at(100_000) + due);
+            assert_eq!(event, Some(OutlierEvent::Ejected(EjectReason::Hung)));
+        }
     }
 
     #[test]

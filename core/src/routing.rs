@@ -1,8 +1,10 @@
 //! Which endpoint a request goes to: local first, in proportion to healthy capacity, then the other
-//! clusters by distance; within a cluster the less loaded of two.
+//! clusters by distance; within a cluster the less loaded and faster of two.
 //!
 //! [`Router::plan`] runs when something changed and yields an immutable [`Plan`]; [`Plan::pick`] runs for
 //! each try, takes randomness and the load of endpoints as arguments and keeps nothing.
+//!
+//! What a service's owner may decide differently is in [`Preferences`].
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -12,10 +14,20 @@ use serde::Serialize;
 use crate::id::{ClusterId, EndpointId};
 use crate::model::{Freshness, Origin};
 
+mod affinity;
 mod capacity;
+mod load;
+mod pick;
+mod preferences;
+mod share;
 
+pub use affinity::session;
 use capacity::{Capacity, Grant, Weights};
-pub use capacity::{OVER_PROVISIONING, RISE_HOLD};
+pub use capacity::{OVER_PROVISIONING, RISE_HOLD, RISE_STEP};
+pub use load::{Load, PeakEwma};
+use pick::Candidates;
+pub use pick::{Draw, Pick, PickReason};
+pub use preferences::{Balance, Failover, Preferences};
 
 /// One endpoint among those of all clusters.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -54,6 +66,8 @@ pub struct EndpointView {
     pub weight: u32,
     pub ready: bool,
     pub ejected: bool,
+    /// When it became fit for requests, if it was not so from the beginning.
+    pub since: Option<Instant>,
 }
 
 /// Why an endpoint gets traffic, or does not. Ordered from the best to the worst.
@@ -70,6 +84,8 @@ pub enum Standing {
     /// Nothing is heard from its cluster, neither by peer sync nor through a tunnel.
     ClusterDraining,
     NotReady,
+    /// Its cluster is not one that the service's traffic may go to.
+    Excluded,
 }
 
 /// One endpoint of a plan. Its place in [`Plan::endpoints`] is its index in picks and loads.
@@ -78,6 +94,12 @@ pub struct PlannedEndpoint {
     pub key: EndpointKey,
     pub weight: u32,
     pub standing: Standing,
+    /// Until its slow start is over: when that began.
+    #[serde(skip)]
+    warming: Option<Instant>,
+    /// Its number for [`affinity`].
+    #[serde(skip)]
+    number: u64,
 }
 
 /// One cluster of a plan, in the order of preference.
@@ -90,15 +112,11 @@ pub struct PlannedCluster {
     /// The share that the healthy endpoints could carry; above `granted` while a return is held back.
     pub possible: f64,
     pub granted: f64,
-    /// Indices of the usable endpoints and the sums of weights up to each.
+    /// So few endpoints are fit, and no other cluster has any, that ejected ones are asked as well.
+    pub panic: bool,
+    /// Which endpoints get requests.
     #[serde(skip)]
-    usable: Candidates,
-}
-
-#[derive(Debug, Clone, PartialEq, Default)]
-struct Candidates {
-    indices: Vec<usize>,
-    weight_sums: Vec<u64>,
+    candidates: Candidates,
 }
 
 /// Where the requests for one port of one service go until something changes. With its endpoints'
@@ -107,27 +125,10 @@ struct Candidates {
 pub struct Plan {
     pub clusters: Vec<PlannedCluster>,
     pub endpoints: Vec<PlannedEndpoint>,
-}
-
-/// The endpoint for one try.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Pick {
-    /// Index into [`Plan::endpoints`].
-    pub endpoint: usize,
-    pub reason: PickReason,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum PickReason {
-    /// The cluster was chosen by its share, the endpoint as the less loaded of two.
-    Share,
-    /// Every usable endpoint of the chosen cluster was tried already: the next cluster.
-    Failover,
-    /// Every usable endpoint anywhere was tried already: one of them again.
-    Again,
-    /// No endpoint is usable anywhere: the least bad.
-    LastResort,
+    #[serde(skip)]
+    balance: Balance,
+    #[serde(skip)]
+    slow_start: Duration,
 }
 
 /// What is remembered between the plans for one port of one service.
@@ -149,7 +150,7 @@ const FORGET_AFTER: Duration = Duration::from_secs(600);
 
 impl Router {
     /// Plans for what is known at `now`. The result does not depend on the order within `views`.
-    pub fn plan(&mut self, mut views: Vec<ClusterView>, now: Instant) -> Plan {
+    pub fn plan(&mut self, mut views: Vec<ClusterView>, preferences: &Preferences, now: Instant) -> Plan {
         self.clusters.retain(|_, memory| now.saturating_duration_since(memory.seen) < FORGET_AFTER);
         for (cluster, memory) in &mut self.clusters {
             if !views.iter().any(|view| view.cluster == *cluster) {
@@ -164,9 +165,10 @@ impl Router {
             view.rtt = rtt;
         }
         views.sort_by_cached_key(|view| {
-            (view.origin, view.rtt.is_none(), view.rtt.unwrap_or_default(), view.cluster.clone())
+            let place = preferences.place(&view.cluster);
+            (place, view.origin, view.rtt.is_none(), view.rtt.unwrap_or_default(), view.cluster.clone())
         });
-        assemble(&views, &grants)
+        assemble(&views, &grants, preferences, now)
     }
 
     /// When planning again, without news, would give another plan.
@@ -221,167 +223,57 @@ fn standing(view: &ClusterView, endpoint: &EndpointView) -> Standing {
     cluster.max(own)
 }
 
-fn assemble(views: &[ClusterView], grants: &BTreeMap<ClusterId, Grant>) -> Plan {
+fn assemble(
+    views: &[ClusterView],
+    grants: &BTreeMap<ClusterId, Grant>,
+    preferences: &Preferences,
+    now: Instant,
+) -> Plan {
     let mut endpoints = Vec::new();
     let mut clusters = Vec::new();
-    for view in views {
-        let Grant { possible, granted } = grants[&view.cluster];
-        let mut usable = Candidates::default();
+    for (place, view) in views.iter().enumerate() {
+        let excluded = preferences.excludes(&view.cluster, place);
+        let Grant { possible, granted } =
+            if excluded { Grant { possible: 0.0, granted: 0.0 } } else { grants[&view.cluster] };
+        let others = views.iter().enumerate().filter(|(other, _)| *other != place);
+        let alone = others
+            .filter(|(other, view)| !preferences.excludes(&view.cluster, *other))
+            .all(|(_, view)| weights(view).healthy == 0);
+        let panic = !excluded && alone && is_panic(view, preferences);
+        let mut candidates = Candidates::default();
         for endpoint in &view.endpoints {
-            let (standing, weight) = (standing(view, endpoint), endpoint.weight.max(1));
-            if standing == Standing::Usable {
-                usable.push(endpoints.len(), weight);
+            let own = if excluded { Standing::Excluded } else { Standing::Usable };
+            let (standing, weight) = (standing(view, endpoint).max(own), endpoint.weight.max(1));
+            if standing == Standing::Usable || panic && standing == Standing::Ejected {
+                candidates.push(endpoints.len(), weight);
             }
             let key = EndpointKey { cluster: view.cluster.clone(), endpoint: endpoint.id.clone() };
-            endpoints.push(PlannedEndpoint { key, weight, standing });
+            let warming = endpoint.since.filter(|since| *since + preferences.slow_start > now);
+            let number = affinity::endpoint(&key);
+            endpoints.push(PlannedEndpoint { key, weight, standing, warming, number });
         }
         let (cluster, origin) = (view.cluster.clone(), view.origin);
-        clusters.push(PlannedCluster { cluster, origin, share: 0.0, possible, granted, usable });
+        clusters.push(PlannedCluster { cluster, origin, share: 0.0, possible, granted, panic, candidates });
     }
-    share_out(&mut clusters);
-    Plan { clusters, endpoints }
+    share::share_out(&mut clusters, preferences);
+    Plan { clusters, endpoints, balance: preferences.balance, slow_start: preferences.slow_start }
 }
 
-/// Each cluster in turn takes what it is trusted with; when all together can't carry everything, all are
-/// overloaded in proportion. A return that is held back is not waited for where nothing else could answer.
-fn share_out(clusters: &mut [PlannedCluster]) {
-    let trusted = clusters.iter().any(|cluster| cluster.granted > 0.0);
-    let mut left = 1.0;
-    for cluster in &mut *clusters {
-        let level = if trusted { cluster.granted } else { cluster.possible };
-        cluster.share = level.min(left);
-        left -= cluster.share;
+/// Whether so little of what a cluster holds ready is fit that the fit ones would be crushed.
+fn is_panic(view: &ClusterView, preferences: &Preferences) -> bool {
+    let (mut fit, mut ready) = (0, 0);
+    for endpoint in &view.endpoints {
+        let weight = u64::from(endpoint.weight.max(1));
+        match standing(view, endpoint) {
+            Standing::Usable => (fit, ready) = (fit + weight, ready + weight),
+            Standing::Ejected => ready += weight,
+            _ => {}
+        }
     }
-    let taken = 1.0 - left;
-    if left > 0.0 && taken > 0.0 {
-        clusters.iter_mut().for_each(|cluster| cluster.share /= taken);
-    }
+    fit > 0 && (fit as f64) < preferences.panic_threshold * ready as f64
 }
 
-impl Candidates {
-    fn push(&mut self, index: usize, weight: u32) {
-        self.indices.push(index);
-        self.weight_sums.push(self.weight_sums.last().copied().unwrap_or(0) + u64::from(weight));
-    }
-
-    fn draw(&self, random: u64) -> Option<usize> {
-        let sum = *self.weight_sums.last()?;
-        let at = random % sum;
-        Some(self.weight_sums.partition_point(|upto| *upto <= at))
-    }
-}
-
-impl Plan {
-    /// Picks the endpoint for one try. `random` decides between equals, `load` gives the requests that an
-    /// endpoint has under way. `tried` are the endpoints that this request need not meet again.
-    pub fn pick(&self, random: u64, tried: &[EndpointKey], load: impl Fn(usize) -> u32) -> Option<Pick> {
-        let mut random = SplitMix(random);
-        let first = self.draw_cluster(random.next());
-        if let Some(first) = first {
-            if let Some(endpoint) = self.pick_within(first, &mut random, tried, &load) {
-                return Some(Pick { endpoint, reason: PickReason::Share });
-            }
-            for cluster in &self.clusters {
-                if let Some(endpoint) = self.pick_within(cluster, &mut random, tried, &load) {
-                    return Some(Pick { endpoint, reason: PickReason::Failover });
-                }
-            }
-            let endpoint = self.pick_within(first, &mut random, &[], &load)?;
-            return Some(Pick { endpoint, reason: PickReason::Again });
-        }
-        let endpoint = self.last_resort(random.next(), tried)?;
-        Some(Pick { endpoint, reason: PickReason::LastResort })
-    }
-
-    /// Whether somebody else could answer if this endpoint took no more requests.
-    pub fn has_capacity_beside(&self, key: &EndpointKey) -> bool {
-        self.endpoints.iter().any(|other| other.standing == Standing::Usable && other.key != *key)
-    }
-
-    fn draw_cluster(&self, random: u64) -> Option<&PlannedCluster> {
-        // 53 bits, the precision of a double, as a number from 0 up to but not including 1.
-        let mut at = (random >> 11) as f64 / (1_u64 << 53) as f64;
-        let mut last = None;
-        for cluster in self.clusters.iter().filter(|cluster| cluster.share > 0.0) {
-            if at < cluster.share {
-                return Some(cluster);
-            }
-            at -= cluster.share;
-            last = Some(cluster);
-        }
-        last
-    }
-
-    fn pick_within(
-        &self,
-        cluster: &PlannedCluster,
-        random: &mut SplitMix,
-        tried: &[EndpointKey],
-        load: &impl Fn(usize) -> u32,
-    ) -> Option<usize> {
-        if tried.is_empty() {
-            return self.better_of_two(&cluster.usable, random, load);
-        }
-        let mut untried = Candidates::default();
-        for index in &cluster.usable.indices {
-            let endpoint = &self.endpoints[*index];
-            if !tried.contains(&endpoint.key) {
-                untried.push(*index, endpoint.weight);
-            }
-        }
-        self.better_of_two(&untried, random, load)
-    }
-
-    fn better_of_two(
-        &self,
-        candidates: &Candidates,
-        random: &mut SplitMix,
-        load: &impl Fn(usize) -> u32,
-    ) -> Option<usize> {
-        let count = candidates.indices.len();
-        let first = candidates.draw(random.next())?;
-        if count == 1 {
-            return Some(candidates.indices[first]);
-        }
-        let mut second = candidates.draw(random.next())?;
-        if second == first {
-            // One step further is as good as drawing again, and ends.
-            second = (first + 1) % count;
-        }
-        let (first, second) = (candidates.indices[first], candidates.indices[second]);
-        // Requests under way for each unit of weight, this one included.
-        let cost = |index: usize| u64::from(load(index)) + 1;
-        let weight = |index: usize| u64::from(self.endpoints[index].weight);
-        Some(if cost(second) * weight(first) < cost(first) * weight(second) { second } else { first })
-    }
-
-    /// The best standing that is left; untried before tried, near before far.
-    fn last_resort(&self, random: u64, tried: &[EndpointKey]) -> Option<usize> {
-        let rank = |endpoint: &PlannedEndpoint| (endpoint.standing, tried.contains(&endpoint.key));
-        let best = self.endpoints.iter().map(rank).min()?;
-        let cluster = &self.endpoints.iter().find(|endpoint| rank(endpoint) == best)?.key.cluster;
-        let mut candidates = Candidates::default();
-        for (index, endpoint) in self.endpoints.iter().enumerate() {
-            if endpoint.key.cluster == *cluster && rank(endpoint) == best {
-                candidates.push(index, endpoint.weight);
-            }
-        }
-        candidates.draw(random).map(|at| candidates.indices[at])
-    }
-}
-
-/// SplitMix64: turns one random number into as many as a pick needs.
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-}
-
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;

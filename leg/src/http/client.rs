@@ -160,6 +160,12 @@ impl HttpLeg {
         self.shared.retired.store(true, Ordering::Release);
     }
 
+    /// As [`HttpLeg::retire`], and [`HttpLeg::suspect`] resolves: the far application does not answer.
+    pub fn abandon(&self) {
+        self.retire();
+        self.shared.become_health(LegHealth::Abandoned);
+    }
+
     /// Closes the connection now; what is under way fails.
     pub fn abort(&self) {
         self.retire();
@@ -174,7 +180,18 @@ impl HttpLeg {
         self.shared.health()
     }
 
-    /// Resolves when the leg is suspect or gone: requests that wait on it and may be tried elsewhere should be.
+    /// Resolves when the far end has answered the first PING, which shows that it is at work and not only that its
+    /// kernel accepts connections; `false` when the connection ends before.
+    pub async fn answers(&self) -> bool {
+        let (mut settled, mut health) = (self.shared.settled(), self.shared.health());
+        tokio::select! {
+            settled = settled.wait_for(|settled| *settled) => settled.is_ok(),
+            _ = health.wait_for(|health| *health == LegHealth::Gone) => false,
+        }
+    }
+
+    /// Resolves when the leg is suspect, abandoned or gone: requests that wait on it and may be tried elsewhere
+    /// should be.
     pub async fn suspect(&self) {
         let mut health = self.shared.health();
         // The sender lives as long as this handle.

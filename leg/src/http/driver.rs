@@ -39,6 +39,8 @@ pub enum LegHealth {
     Live,
     /// A probe has gone unanswered for too long while a request waits.
     Suspect,
+    /// Its user has given the far application up: it takes no new requests, and those that wait should leave.
+    Abandoned,
     /// The connection has ended.
     Gone,
 }
@@ -151,9 +153,13 @@ impl Shared {
         self.heard_at().max(self.base + Duration::from_millis(self.active_ms.load(Ordering::Relaxed)))
     }
 
-    fn become_health(&self, health: LegHealth) {
+    pub(super) fn become_health(&self, health: LegHealth) {
         self.health.send_if_modified(|now| {
-            let changed = *now != health && *now != LegHealth::Gone;
+            let changed = match *now {
+                LegHealth::Live | LegHealth::Suspect => *now != health,
+                LegHealth::Abandoned => health == LegHealth::Gone,
+                LegHealth::Gone => false,
+            };
             if changed {
                 *now = health;
             }

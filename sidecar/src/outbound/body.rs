@@ -17,7 +17,7 @@ use tombolo_leg::http::{BoxError, RecvBody, StreamError};
 use tombolo_runtime::telemetry::Span;
 
 use super::replay::{Replay, RequestBody};
-use super::route::Flight;
+use super::target::Flight;
 
 /// What comes from the application after it has switched protocols.
 pub type UpgradedRead = ReadHalf<TokioIo<Upgraded>>;

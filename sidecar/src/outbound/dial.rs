@@ -19,7 +19,7 @@ use super::gateways::{Gateway, Gateways};
 use super::observe::{Counted, Observed};
 use super::pool::{Acquire, Dialled, Stamp};
 use super::refuse::Refused;
-use super::route::Target;
+use super::target::Target;
 
 /// Where the fault lies when a leg does not stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,12 +2,12 @@
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use tombolo_core::id::SpiffeId;
-use tombolo_core::routing::{Pick, PickReason};
+use tombolo_core::routing::Pick;
 use tombolo_leg::http::HttpLeg;
 use tombolo_leg::status::Crossing;
 use tombolo_runtime::telemetry::Span;
 
-use super::route::Target;
+use super::target::Target;
 
 /// A request with this header gets its way told in the headers of the response.
 pub const ASK: HeaderName = HeaderName::from_static("tombolo-explain");
@@ -31,7 +31,7 @@ pub fn explain(headers: &mut HeaderMap, target: &Target, leg: &HttpLeg, pick: Pi
     say(PATH, path(target, leg.crossing()));
     say(SERVER_ID, leg.server_id().to_string());
     say(TRIES, tries.to_string());
-    say(REASON, reason(pick.reason).to_owned());
+    say(REASON, pick.reason.name().to_owned());
 }
 
 /// The same in a span, with links to the spans of the gateways' legs.
@@ -56,13 +56,4 @@ pub fn path(target: &Target, crossing: &Crossing) -> String {
     }
     let hops: Vec<_> = crossing.hops.iter().map(|hop| format!("{}/{}", hop.cluster, hop.gateway_id)).collect();
     hops.join(" > ")
-}
-
-fn reason(reason: PickReason) -> &'static str {
-    match reason {
-        PickReason::Share => "share",
-        PickReason::Failover => "failover",
-        PickReason::Again => "again",
-        PickReason::LastResort => "last-resort",
-    }
 }

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use tombolo_core::refusal::Refusal;
 use tombolo_core::retry::{self, Exhausted, Progress, Verdict};
 use tombolo_core::routing::{EndpointKey, Pick, PickReason};
 use tombolo_core::trace::TraceParent;
-use tombolo_leg::http::{HttpLeg, RecvBody, SendErrorKind, StreamError, headers};
+use tombolo_leg::http::{HttpLeg, LegHealth, RecvBody, SendErrorKind, StreamError, headers};
 use tombolo_runtime::telemetry::{Kind, Span};
 
 use super::Outbound;
@@ -22,7 +23,8 @@ use super::body::{BodySource, ResponseBody};
 use super::dial::{Blame, LegFailure};
 use super::refuse::{REFUSAL, Refused, is_grpc};
 use super::replay::RequestBody;
-use super::route::{Flight, Route, Target, Waiting};
+use super::route::Route;
+use super::target::{Flight, Target, Waiting};
 use super::{explain, switch, tunnel};
 use crate::config::ServicePortName;
 
@@ -46,6 +48,8 @@ struct Outgoing {
     body: BodySource,
     idempotent: bool,
     began: Instant,
+    /// The session that it belongs to, if the service keeps sessions together.
+    session: Option<u64>,
 }
 
 /// A try that ended without a response.
@@ -54,6 +58,8 @@ pub(super) struct Failure {
     pub refused: Refused,
     pub outcome: Option<Outcome>,
     pub blame: Blame,
+    /// The budget has paid for the next try already.
+    pub paid: bool,
 }
 
 /// The try that was answered.
@@ -103,6 +109,8 @@ impl Outbound {
             return tunnel::connect(self, request, &route, caller, span).await;
         }
         let explained = request.headers_mut().remove(&explain::ASK).is_some();
+        // What only sidecars say to each other is not for applications to say.
+        headers::strip_own(request.headers_mut());
         let (mut head, body, switching) = switch::Switching::begin(request)?;
         let body = match &switching {
             Some(_) => BodySource::upgrade(),
@@ -114,7 +122,8 @@ impl Outbound {
             head.headers.insert(TRACEPARENT, value);
         }
         let idempotent = switching.is_none() && retry::is_idempotent(head.method.as_str());
-        let outgoing = Outgoing { head, body, idempotent, began };
+        let session = route.session(caller.address.ip());
+        let outgoing = Outgoing { head, body, idempotent, began, session };
         let answered =
             self.try_all(&route, &outgoing, span.context()).await.inspect_err(|refused| span.error(refused))?;
         describe(&mut span, &answered);
@@ -180,12 +189,15 @@ impl Outbound {
         let mut number = 1;
         let mut deadline = self.deadline(1, outgoing.began, Instant::now())?;
         loop {
-            let (target, pick) = route.pick(&tried).ok_or_else(|| no_endpoint(route))?;
+            let (target, pick) =
+                route.pick(&tried, outgoing.session, Instant::now()).ok_or_else(|| no_endpoint(route))?;
             if number > 1 && matches!(pick.reason, PickReason::Again | PickReason::LastResort) {
                 tokio::time::sleep(PAUSE * (1 << (number - 2).min(6))).await;
             }
             let flight = Flight::begin(target.clone());
-            let result = within(deadline, self.try_once(&target, outgoing, trace)).await;
+            let may_leave =
+                || number < self.schedule.tries && outgoing.is_replayable() && route.may_retry(Instant::now());
+            let result = within(deadline, self.try_once(&target, outgoing, trace, may_leave)).await;
             let failure = match result {
                 Ok((response, _, _))
                     if outgoing.idempotent && number < self.schedule.tries && is_misdelivered(&response) =>
@@ -209,7 +221,7 @@ impl Outbound {
             tracing::debug!(service = %route.service, target = ?target.key, progress = ?failure.progress, refused = %failure.refused, "try failed");
             match retry::judge(failure.progress, outgoing.idempotent, outgoing.body.state()) {
                 Verdict::Free => {}
-                Verdict::Budgeted if route.may_retry(now) => {}
+                Verdict::Budgeted if failure.paid || route.may_retry(now) => {}
                 Verdict::Budgeted | Verdict::No(_) => return Err(failure.refused),
             }
             number += 1;
@@ -229,12 +241,14 @@ impl Outbound {
         })
     }
 
-    /// One try: a leg, the request, the head of the response and how long it took.
+    /// One try: a leg, the request, the head of the response and how long it took. `may_leave` is asked when the
+    /// far end seems not to answer any more; where no other try is to be had, going on waiting is the better chance.
     async fn try_once(
         self: &Arc<Self>,
         target: &Arc<Target>,
         outgoing: &Outgoing,
         trace: Option<TraceParent>,
+        may_leave: impl Fn() -> bool,
     ) -> Result<(Response<RecvBody>, HttpLeg, Duration), Failure> {
         let mut closed = 0;
         loop {
@@ -242,13 +256,22 @@ impl Outbound {
             let sent = Instant::now();
             let _waiting = Waiting::begin(target, sent);
             let request = Request::from_parts(outgoing.head.clone(), outgoing.body.attempt());
-            let error = tokio::select! {
-                biased;
-                result = leg.send(request) => match result {
-                    Ok(response) => return Ok((response, leg, sent.elapsed())),
-                    Err(error) => error.kind,
-                },
-                () = leg.suspect(), if outgoing.idempotent => SendErrorKind::Stream(StreamError::Lost("the leg is silent".into())),
+            let result = {
+                let mut sending = pin!(leg.send(request));
+                let first = tokio::select! {
+                    biased;
+                    result = &mut sending => Some(result),
+                    () = leg.suspect(), if outgoing.idempotent => None,
+                };
+                match first {
+                    Some(result) => result,
+                    None if may_leave() => return Err(left(&leg, target)),
+                    None => sending.await,
+                }
+            };
+            let error = match result {
+                Ok(response) => return Ok((response, leg, sent.elapsed())),
+                Err(error) => error.kind,
             };
             if matches!(error, SendErrorKind::Closed) && closed < CLOSED_LEGS_MAX {
                 closed += 1;
@@ -257,6 +280,25 @@ impl Outbound {
             return Err(send_failed(error, target));
         }
     }
+}
+
+impl Outgoing {
+    /// Whether it may be sent again although the application may have got it.
+    fn is_replayable(&self) -> bool {
+        retry::judge(Progress::Sent, self.idempotent, self.body.state()) == Verdict::Budgeted
+    }
+}
+
+/// A request that went away from where no answer was to be expected any more.
+fn left(leg: &HttpLeg, target: &Target) -> Failure {
+    let (why, outcome) = match leg.health() {
+        // Whoever abandoned the leg has judged the endpoint.
+        LegHealth::Abandoned => ("the endpoint does not answer", None),
+        LegHealth::Live | LegHealth::Suspect | LegHealth::Gone => ("the leg is silent", Some(Outcome::Failed)),
+    };
+    let detail = format!("endpoint {} in {}: {why}", target.key.endpoint, target.key.cluster);
+    let refused = Refused::new(Refusal::ConnectionLost, detail);
+    Failure { progress: Progress::Sent, refused, outcome, blame: Blame::Endpoint, paid: true }
 }
 
 /// Bounds one try by its deadline. What had become of it then is not known, so it counts as sent.
@@ -269,6 +311,7 @@ async fn within<T>(deadline: Option<Instant>, attempt: impl Future<Output = Resu
             refused: Refused::new(Refusal::Timeout, "no response began in time"),
             outcome: Some(Outcome::Failed),
             blame: Blame::Endpoint,
+            paid: false,
         }),
     }
 }
@@ -279,7 +322,7 @@ pub(super) fn not_sent(failure: LegFailure) -> Failure {
         Blame::Way => Some(Outcome::Failed),
         Blame::Here => None,
     };
-    Failure { progress: Progress::NotSent, refused: failure.refused, outcome, blame: failure.blame }
+    Failure { progress: Progress::NotSent, refused: failure.refused, outcome, blame: failure.blame, paid: false }
 }
 
 fn send_failed(error: SendErrorKind, target: &Target) -> Failure {
@@ -297,7 +340,7 @@ fn send_failed(error: SendErrorKind, target: &Target) -> Failure {
             (Progress::Sent, Refusal::ConnectionLost, Some(Outcome::Failed))
         }
     };
-    Failure { progress, refused: Refused::new(refusal, detail), outcome, blame: Blame::Endpoint }
+    Failure { progress, refused: Refused::new(refusal, detail), outcome, blame: Blame::Endpoint, paid: false }
 }
 
 /// Endpoints that the next try need not meet: this one, or all of its cluster if there is no way to it.
@@ -321,6 +364,7 @@ fn outcome_of(status: StatusCode, after: Duration) -> Outcome {
         StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
             Outcome::GatewayError { after }
         }
+        _ if status.is_server_error() => Outcome::ServerError { after },
         _ => Outcome::Answered { after },
     }
 }
@@ -335,7 +379,7 @@ fn misdelivered(response: &Response<RecvBody>, target: &Target) -> Failure {
     let code = response.headers().get(&REFUSAL).and_then(|code| Refusal::from_code(code.to_str().ok()?));
     let detail = format!("endpoint {} in {} does not deliver it", target.key.endpoint, target.key.cluster);
     let refused = Refused::new(code.unwrap_or(Refusal::EndpointGone), detail);
-    Failure { progress: Progress::Sent, refused, outcome: Some(Outcome::Refused), blame: Blame::Endpoint }
+    Failure { progress: Progress::Sent, refused, outcome: Some(Outcome::Refused), blame: Blame::Endpoint, paid: false }
 }
 
 fn is_plain_connect<B: Body>(request: &Request<B>) -> bool {

@@ -1,8 +1,8 @@
 //! The outbound side: the application's calls, carried to an endpoint of the service that they name.
 //!
 //! - [`listener`] accepts connections; [`http`] carries requests, [`tunnel`] opaque bytes.
-//! - [`services`] knows the services in use, [`route`] picks an endpoint of one port and learns from how
-//!   tries end (decisions in `tombolo_core::{routing, outlier, retry}`).
+//! - [`services`] knows the services in use, [`route`] picks an endpoint of one port, [`target`] is one of them and
+//!   learns from how tries end (decisions in `tombolo_core::{routing, outlier, retry}`).
 //! - [`dial`] makes legs through [`gateways`], [`pool`] shares them, [`warm`] dials opaque ones ahead, [`upkeep`] tends all of it.
 //!
 //! The names that are accepted, CONNECT included, are `<service>.<namespace>.svc.clusterset.local[:port]`.
@@ -23,6 +23,7 @@ pub mod route;
 pub mod services;
 mod state;
 mod switch;
+pub mod target;
 pub mod tunnel;
 pub mod upkeep;
 pub mod warm;
@@ -76,6 +77,7 @@ impl Outbound {
             idle: limits.leg_idle,
         };
         let around = Surroundings {
+            instance: config.instance.clone(),
             gateways: gateways.clone(),
             observed: observed.clone(),
             pool,

@@ -105,13 +105,7 @@ impl Observed {
     }
 
     pub fn ejected(&self, reason: EjectReason) {
-        let reason = match reason {
-            EjectReason::Failures => "failures",
-            EjectReason::GatewayErrors => "gateway-errors",
-            EjectReason::Refused => "refused",
-            EjectReason::Hung => "hung",
-        };
-        self.ejections.get_or_create_owned(&EjectionLabels { reason }).inc();
+        self.ejections.get_or_create_owned(&EjectionLabels { reason: reason.name() }).inc();
     }
 
     pub fn refused(&self, refusal: Refusal) {

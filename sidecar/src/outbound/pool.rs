@@ -120,6 +120,13 @@ impl Pool {
         dialling.result.send_replace(Some(result));
     }
 
+    /// The endpoint does not answer: no leg takes new requests, and those that wait and may leave do.
+    pub fn abandon(&self) {
+        let mut state = self.lock();
+        state.legs.iter().chain(&state.retiring).for_each(|dialled| dialled.leg.abandon());
+        state.retire(|_| true);
+    }
+
     /// Closes what idles, is dead or out of date; `is_unfit` names further reasons.
     pub fn sweep(&self, stamp: Stamp, is_unfit: impl Fn(&Dialled) -> bool) {
         let mut state = self.lock();

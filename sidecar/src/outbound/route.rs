@@ -2,26 +2,31 @@
 //! of the requests they got.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use tombolo_core::id::{ServiceName, SpiffeId};
-use tombolo_core::model::{AppProtocol, Origin};
-use tombolo_core::outlier::{Elsewhere, Outcome, Outlier, OutlierConfig, OutlierEvent};
+use tombolo_core::id::{EndpointId, InstanceName, ServiceName, SpiffeId};
+use tombolo_core::model::{AppProtocol, Origin, SessionAffinity};
+use tombolo_core::outlier::{Elsewhere, Outcome, OutlierConfig, OutlierEvent};
 use tombolo_core::retry::RetryBudget;
-use tombolo_core::routing::{ClusterReach, ClusterView, EndpointKey, EndpointView, Pick, Plan, Router};
+use tombolo_core::routing::{
+    self, Balance, ClusterReach, ClusterView, Draw, EndpointKey, EndpointView, Pick, Plan, Preferences, Router,
+};
 use tombolo_leg::discovery::{ServiceView, ShareView};
 
 use super::gateways::{Gateways, PeerReach};
-use super::observe::{Observed, TargetCounters};
-use super::pool::{Pool, PoolLimits};
-use super::warm::WarmLegs;
+use super::observe::Observed;
+use super::pool::PoolLimits;
+use super::target::{Place, Target, lock, ms_since};
 
 /// What a route needs from its surroundings.
 #[derive(Clone)]
 pub struct Surroundings {
+    /// This sidecar's own name, by which its application's sessions are known.
+    pub instance: InstanceName,
     pub gateways: Gateways,
     pub observed: Observed,
     pub pool: PoolLimits,
@@ -42,6 +47,7 @@ pub struct Route {
     planning: Mutex<Planning>,
     budget: Mutex<RetryBudget>,
     used_ms: AtomicU64,
+    turn: AtomicU64,
 }
 
 /// What requests read: replaced as a whole.
@@ -52,52 +58,40 @@ pub struct Live {
     pub app: AppProtocol,
     /// Some cluster exports this port.
     pub exported: bool,
+    /// A caller's requests stay with one endpoint.
+    affinity: SessionAffinity,
 }
 
 struct Planning {
     router: Router,
+    preferences: Preferences,
     view: Option<Arc<ServiceView>>,
     targets: Vec<Arc<Target>>,
-}
-
-/// One endpoint of one port of one service.
-pub struct Target {
-    pub key: EndpointKey,
-    pub service: ServiceName,
-    pub port: u16,
-    pub origin: Origin,
-    pub server_ids: Arc<BTreeSet<SpiffeId>>,
-    /// Where a local endpoint's sidecar accepts inner legs.
-    pub address: Option<String>,
-    pub pool: Pool,
-    pub warm: WarmLegs,
-    pub counters: TargetCounters,
-    ready: AtomicBool,
-    /// Requests and connections under way.
-    in_flight: AtomicU32,
-    /// Requests whose response has not begun, and since when there is one.
-    waiting: AtomicU32,
-    waiting_since_ms: AtomicU64,
-    base: Instant,
-    outlier: Mutex<Outlier>,
 }
 
 impl Route {
     pub fn new(service: ServiceName, port: u16, around: Surroundings) -> Self {
         let router = Router::default();
         let live = Live {
-            plan: Router::default().plan(Vec::new(), around.base),
+            plan: Router::default().plan(Vec::new(), &Preferences::default(), around.base),
             targets: Vec::new(),
             app: AppProtocol::Opaque,
             exported: false,
+            affinity: SessionAffinity::None,
         };
         Self {
             service,
             port,
             live: ArcSwap::from_pointee(live),
-            planning: Mutex::new(Planning { router, view: None, targets: Vec::new() }),
+            planning: Mutex::new(Planning {
+                router,
+                preferences: Preferences::default(),
+                view: None,
+                targets: Vec::new(),
+            }),
             budget: Mutex::new(RetryBudget::new(around.retry_share, around.base)),
             used_ms: AtomicU64::new(0),
+            turn: AtomicU64::new(0),
             around,
         }
     }
@@ -127,16 +121,31 @@ impl Route {
     /// How long nothing has used it; nothing while a request is under way.
     pub fn idle_for(&self, now: Instant) -> Duration {
         let live = self.live.load();
-        if live.targets.iter().any(|target| target.load() > 0) {
+        if live.targets.iter().any(|target| target.in_flight() > 0) {
             return Duration::ZERO;
         }
         Duration::from_millis(ms_since(self.around.base, now).saturating_sub(self.used_ms.load(Ordering::Relaxed)))
     }
 
+    /// The session that a request of this caller belongs to, where the service asks for affinity.
+    pub fn session(&self, caller: IpAddr) -> Option<u64> {
+        match self.live.load().affinity {
+            SessionAffinity::None => None,
+            // The application beside this sidecar is one client, and loopback's address is everybody's.
+            SessionAffinity::ClientIp if caller.is_loopback() => {
+                Some(routing::session(self.around.instance.as_str().as_bytes()))
+            }
+            SessionAffinity::ClientIp => Some(routing::session(caller.to_canonical().to_string().as_bytes())),
+        }
+    }
+
     /// The endpoint for one try.
-    pub fn pick(&self, tried: &[EndpointKey]) -> Option<(Arc<Target>, Pick)> {
+    pub fn pick(&self, tried: &[EndpointKey], session: Option<u64>, now: Instant) -> Option<(Arc<Target>, Pick)> {
         let live = self.live.load();
-        let pick = live.plan.pick(rand::random(), tried, |index| live.targets[index].load())?;
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let now_ms = ms_since(self.around.base, now);
+        let draw = Draw { random: rand::random(), turn, session, tried, now };
+        let pick = live.plan.pick(draw, |index| live.targets[index].load_at(now_ms))?;
         Some((live.targets[pick.endpoint].clone(), pick))
     }
 
@@ -151,10 +160,11 @@ impl Route {
                 let known = planning.targets.iter().find(|target| *target.server_ids == *own);
                 let ids = known.map_or_else(|| Arc::new(own.clone()), |target| target.server_ids.clone());
                 let endpoints = share.share.export.endpoints.keys();
-                targets.extend(endpoints.map(|id| self.target(share, id, &ids, &planning.targets, now)));
+                targets.extend(endpoints.map(|id| self.target(share, id, &ids, &planning, now)));
             }
         }
         planning.targets = targets;
+        planning.preferences = preferences(view.as_deref(), self.port);
         planning.view = view;
         self.replan(&mut planning, now);
     }
@@ -167,7 +177,7 @@ impl Route {
     /// When the plan or an endpoint's ejection changes by itself.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let planning = lock(&self.planning);
-        let outliers = planning.targets.iter().filter_map(|target| lock(&target.outlier).poll_timeout());
+        let outliers = planning.targets.iter().filter_map(|target| target.outlier().poll_timeout());
         outliers.chain(planning.router.poll_timeout()).min()
     }
 
@@ -177,17 +187,15 @@ impl Route {
         let mut probes = Vec::new();
         for target in &live.targets {
             let elsewhere = elsewhere(&live.plan, &target.key);
-            let mut outlier = lock(&target.outlier);
+            let mut outlier = target.outlier();
             let timed = outlier.handle_timeout(elsewhere, now);
-            let waiting = target.waiting.load(Ordering::Relaxed);
-            let hung =
-                if waiting == 0 { None } else { outlier.handle_outstanding(waiting, target.waiting_since(), now) };
+            let hung = target.waiting().and_then(|(count, since)| outlier.handle_outstanding(count, since, now));
             drop(outlier);
             for event in timed.into_iter().chain(hung) {
                 if event == OutlierEvent::Probe {
                     probes.push(target.clone());
                 }
-                self.announce(target, event);
+                self.changed(target, Some(event), now);
             }
         }
         let mut planning = lock(&self.planning);
@@ -199,41 +207,55 @@ impl Route {
 
     pub fn handle_probe(&self, target: &Arc<Target>, answered: bool, now: Instant) {
         let elsewhere = elsewhere(&self.live.load().plan, &target.key);
-        let event = lock(&target.outlier).handle_probe(answered, elsewhere, now);
+        let event = target.outlier().handle_probe(answered, elsewhere, now);
         self.changed(target, event, now);
     }
 
     /// Counts how a try ended.
     pub fn handle_outcome(&self, target: &Arc<Target>, outcome: Outcome, now: Instant) {
         match outcome {
-            Outcome::Answered { .. } => target.counters.answered.inc(),
+            Outcome::Answered { .. } | Outcome::ServerError { .. } => target.counters.answered.inc(),
             Outcome::GatewayError { .. } => target.counters.gateway_errors.inc(),
             Outcome::Failed => target.counters.failed.inc(),
             Outcome::Refused => target.counters.refused.inc(),
         };
+        if let Outcome::Answered { after } = outcome {
+            // Errors often come fast; they must not make an endpoint attractive.
+            target.sample(after, now);
+        }
         let elsewhere = match outcome {
-            // An answer never ejects.
-            Outcome::Answered { .. } => Elsewhere::Nothing,
+            // Mostly an answer can't eject, and then nobody need be looked for.
+            Outcome::Answered { .. } if self.around.outlier.slow == 0 => Elsewhere::Nothing,
             _ => elsewhere(&self.live.load().plan, &target.key),
         };
-        let event = lock(&target.outlier).handle_outcome(outcome, elsewhere, now);
+        let event = target.outlier().handle_outcome(outcome, elsewhere, now);
         self.changed(target, event, now);
     }
 
     fn changed(&self, target: &Arc<Target>, event: Option<OutlierEvent>, now: Instant) {
         let Some(event) = event else { return };
-        self.announce(target, event);
+        self.announce(target, event, now);
+        if event == OutlierEvent::Probe {
+            return;
+        }
         self.refresh(now);
+        if matches!(event, OutlierEvent::Ejected(reason) if reason.leaves_waiting()) {
+            // After the plan, so that those who leave do not come back.
+            target.pool.abandon();
+        }
     }
 
-    fn announce(&self, target: &Target, event: OutlierEvent) {
+    fn announce(&self, target: &Target, event: OutlierEvent, now: Instant) {
         let (service, cluster, endpoint) = (&self.service, &target.key.cluster, &target.key.endpoint);
         match event {
             OutlierEvent::Ejected(reason) => {
                 self.around.observed.ejected(reason);
                 tracing::info!(%service, %cluster, %endpoint, ?reason, "endpoint ejected: requests to it fail");
             }
-            OutlierEvent::Restored => tracing::info!(%service, %cluster, %endpoint, "endpoint answers again"),
+            OutlierEvent::Restored => {
+                target.begins(now);
+                tracing::info!(%service, %cluster, %endpoint, "endpoint answers again");
+            }
             OutlierEvent::Probe => tracing::debug!(%service, %cluster, %endpoint, "probing endpoint"),
         }
     }
@@ -243,12 +265,14 @@ impl Route {
         let shares = view.iter().flat_map(|view| &view.shares);
         let shares: Vec<&ShareView> = shares.filter(|share| share.share.export.port(self.port).is_some()).collect();
         let views = shares.iter().map(|share| self.cluster_view(share, &planning.targets)).collect();
-        let plan = planning.router.plan(views, now);
+        let plan = planning.router.plan(views, &planning.preferences, now);
         let target = |key: &EndpointKey| planning.targets.iter().find(|target| target.key == *key).cloned();
         let targets: Vec<_> = plan.endpoints.iter().filter_map(|endpoint| target(&endpoint.key)).collect();
         debug_assert_eq!(targets.len(), plan.endpoints.len(), "views are made from the targets");
-        let app = protocol(&shares, self.port);
-        self.live.store(Arc::new(Live { plan, targets, app, exported: !shares.is_empty() }));
+        let leading = leading(&shares);
+        let app = leading.and_then(|share| share.share.export.port(self.port)).map_or(AppProtocol::Opaque, |p| p.app);
+        let affinity = leading.map_or(SessionAffinity::None, |share| share.share.export.session_affinity);
+        self.live.store(Arc::new(Live { plan, targets, app, exported: !shares.is_empty(), affinity }));
     }
 
     fn cluster_view(&self, share: &ShareView, targets: &[Arc<Target>]) -> ClusterView {
@@ -261,8 +285,9 @@ impl Route {
         let endpoints = own.map(|target| EndpointView {
             id: target.key.endpoint.clone(),
             weight: share.share.export.endpoints.get(&target.key.endpoint).map_or(1, |endpoint| endpoint.weight),
-            ready: target.ready.load(Ordering::Relaxed),
-            ejected: lock(&target.outlier).is_ejected(),
+            ready: target.is_ready(),
+            ejected: target.is_ejected(),
+            since: target.since(),
         });
         ClusterView {
             cluster: cluster.clone(),
@@ -278,112 +303,49 @@ impl Route {
     fn target(
         &self,
         share: &ShareView,
-        id: &tombolo_core::id::EndpointId,
+        id: &EndpointId,
         ids: &Arc<BTreeSet<SpiffeId>>,
-        before: &[Arc<Target>],
+        planning: &Planning,
         now: Instant,
     ) -> Arc<Target> {
-        let key = EndpointKey { cluster: share.share.cluster.clone(), endpoint: id.clone() };
         let address = share.deliveries.get(id).and_then(|ports| ports.get(&self.port)).cloned();
         let declared = share.share.export.endpoints.get(id).is_some_and(|endpoint| endpoint.ready);
         // A local endpoint that no sidecar delivers can't be reached by anybody.
         let ready = declared && (share.share.origin == Origin::Remote || address.is_some());
-        let same = before.iter().find(|old| {
-            old.key == key && old.address == address && *old.server_ids == **ids && old.origin == share.share.origin
-        });
-        if let Some(same) = same {
-            if !same.ready.swap(ready, Ordering::Relaxed) && ready {
-                lock(&same.outlier).handle_ready_again(now);
-            }
-            return same.clone();
-        }
-        Arc::new(Target {
-            counters: self.around.observed.target(&self.service.to_string(), &key),
-            key,
+        let place = Place {
+            key: EndpointKey { cluster: share.share.cluster.clone(), endpoint: id.clone() },
             service: self.service.clone(),
             port: self.port,
             origin: share.share.origin,
             server_ids: ids.clone(),
             address,
-            pool: Pool::new(self.around.pool),
-            warm: WarmLegs::new(self.around.warm_legs),
-            ready: AtomicBool::new(ready),
-            in_flight: AtomicU32::new(0),
-            waiting: AtomicU32::new(0),
-            waiting_since_ms: AtomicU64::new(0),
-            base: self.around.base,
-            outlier: Mutex::new(Outlier::new(self.around.outlier)),
-        })
+        };
+        if let Some(same) = planning.targets.iter().find(|old| old.is_at(&place)) {
+            same.becomes_ready(ready, now);
+            return same.clone();
+        }
+        // What is there from the beginning has no slow start.
+        let since = planning.view.is_some().then_some(now);
+        Arc::new(Target::new(&self.around, place, ready, since))
     }
 }
 
-/// How the port's bytes are treated: the local cluster's word counts, else that of the oldest export.
-fn protocol(shares: &[&ShareView], port: u16) -> AppProtocol {
-    let first = shares.iter().min_by_key(|share| (share.share.origin, share.share.export.created));
-    first.and_then(|share| share.share.export.port(port)).map_or(AppProtocol::Opaque, |port| port.app)
+/// The share whose word counts where clusters differ: the local one, else the oldest export.
+fn leading<'a>(shares: &[&'a ShareView]) -> Option<&'a ShareView> {
+    shares.iter().copied().min_by_key(|share| (share.share.origin, share.share.export.created))
+}
+
+/// What the service's owner decided about where its requests go.
+fn preferences(view: Option<&ServiceView>, port: u16) -> Preferences {
+    let shares = view.iter().flat_map(|view| &view.shares);
+    let shares: Vec<&ShareView> = shares.filter(|share| share.share.export.port(port).is_some()).collect();
+    let balance = match leading(&shares).map(|share| share.share.export.session_affinity) {
+        Some(SessionAffinity::ClientIp) => Balance::ConsistentHash,
+        Some(SessionAffinity::None) | None => Balance::default(),
+    };
+    Preferences { balance, ..Preferences::default() }
 }
 
 fn elsewhere(plan: &Plan, key: &EndpointKey) -> Elsewhere {
     if plan.has_capacity_beside(key) { Elsewhere::Capacity } else { Elsewhere::Nothing }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn ms_since(base: Instant, now: Instant) -> u64 {
-    u64::try_from(now.saturating_duration_since(base).as_millis()).unwrap_or(u64::MAX)
-}
-
-impl Target {
-    /// Requests and connections under way.
-    pub fn load(&self) -> u32 {
-        self.in_flight.load(Ordering::Relaxed)
-    }
-
-    pub fn is_ejected(&self) -> bool {
-        lock(&self.outlier).is_ejected()
-    }
-
-    fn waiting_since(&self) -> Instant {
-        self.base + Duration::from_millis(self.waiting_since_ms.load(Ordering::Relaxed))
-    }
-}
-
-/// A try under way at a target: counted as load until it is dropped.
-pub struct Flight {
-    pub target: Arc<Target>,
-}
-
-impl Flight {
-    pub fn begin(target: Arc<Target>) -> Self {
-        target.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self { target }
-    }
-}
-
-impl Drop for Flight {
-    fn drop(&mut self) {
-        self.target.in_flight.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// A request that waits for its response's head, which is what a hang shows in.
-pub struct Waiting<'a> {
-    target: &'a Target,
-}
-
-impl<'a> Waiting<'a> {
-    pub fn begin(target: &'a Target, now: Instant) -> Self {
-        if target.waiting.fetch_add(1, Ordering::Relaxed) == 0 {
-            target.waiting_since_ms.store(ms_since(target.base, now), Ordering::Relaxed);
-        }
-        Self { target }
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.target.waiting.fetch_sub(1, Ordering::Relaxed);
-    }
 }

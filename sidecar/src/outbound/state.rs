@@ -25,14 +25,16 @@ impl Outbound {
 }
 
 fn route_state(route: &Route) -> Value {
-    let live = route.live();
+    let (live, now) = (route.live(), Instant::now());
     let endpoints = live.plan.endpoints.iter().zip(&live.targets).map(|(endpoint, target)| {
         json!({
             "cluster": endpoint.key.cluster,
             "endpoint": endpoint.key.endpoint,
             "weight": endpoint.weight,
             "standing": endpoint.standing,
-            "requests": target.load(),
+            "ejected": target.outlier().ejected_for(),
+            "requests": target.in_flight(),
+            "latencyMs": target.expected_latency(now).map(|latency| latency.as_secs_f64() * 1e3),
             "legs": target.pool.legs(),
             "warmLegs": target.warm.standing(),
             "address": target.address,
@@ -43,7 +45,7 @@ fn route_state(route: &Route) -> Value {
         "service": route.service,
         "port": route.port,
         "protocol": live.app,
-        "idleSeconds": route.idle_for(Instant::now()).as_secs(),
+        "idleSeconds": route.idle_for(now).as_secs(),
         "clusters": live.plan.clusters,
         "endpoints": endpoints.collect::<Vec<_>>(),
     })

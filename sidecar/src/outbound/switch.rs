@@ -18,7 +18,7 @@ use super::Outbound;
 use super::body::{ResponseBody, UpgradedRead};
 use super::observe::Counted;
 use super::refuse::Refused;
-use super::route::Flight;
+use super::target::Flight;
 
 /// A request that asked to switch, and what its caller's connection needs for it.
 pub struct Switching {

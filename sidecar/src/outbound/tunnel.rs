@@ -25,7 +25,8 @@ use super::body::ResponseBody;
 use super::http::{Caller, Failure, no_endpoint, not_sent, remember};
 use super::observe::Counted;
 use super::refuse::Refused;
-use super::route::{Flight, Route, Target};
+use super::route::Route;
+use super::target::{Flight, Target};
 use super::{Outbound, dial::Blame, explain, warm};
 
 /// A leg whose far application has accepted.
@@ -101,11 +102,12 @@ pub async fn open(
     trace: Option<TraceParent>,
 ) -> Result<Opened, Refused> {
     let began = Instant::now();
+    let session = route.session(caller.address.ip());
     let mut tried: Vec<EndpointKey> = Vec::new();
     let mut number = 1;
     loop {
         outbound.deadline(number, began, Instant::now())?;
-        let (target, pick) = route.pick(&tried).ok_or_else(|| no_endpoint(route))?;
+        let (target, pick) = route.pick(&tried, session, Instant::now()).ok_or_else(|| no_endpoint(route))?;
         if number > 1 && matches!(pick.reason, PickReason::Again | PickReason::LastResort) {
             tokio::time::sleep(super::http::PAUSE * (1 << (number - 2).min(6))).await;
         }
@@ -179,7 +181,7 @@ fn open_failed(target: &Target, OpenError { refusal, detail, .. }: OpenError) ->
         _ => Some(Outcome::Refused),
     };
     let refused = Refused::new(refusal, detail);
-    Failure { progress: Progress::NotSent, refused, outcome, blame: Blame::Endpoint }
+    Failure { progress: Progress::NotSent, refused, outcome, blame: Blame::Endpoint, paid: false }
 }
 
 /// Copies until both sides are done; a reset of one becomes a reset of the other.

@@ -21,7 +21,8 @@ use tombolo_trust::svid::SvidSource;
 
 use super::Outbound;
 use super::gateways::PeerReach;
-use super::route::{Route, Target};
+use super::route::Route;
+use super::target::Target;
 use super::warm;
 
 /// How often ejections and hangs are looked at while there are requests.

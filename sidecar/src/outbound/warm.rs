@@ -18,7 +18,7 @@ use tombolo_leg::dial::Leg;
 
 use super::dial::{LegDialer, WithGateway};
 use super::pool::Stamp;
-use super::route::Target;
+use super::target::Target;
 
 /// How long legs are kept warm after the last connection.
 const WARM_FOR: Duration = Duration::from_secs(15);
