@@ -9,6 +9,7 @@ pub mod config;
 pub mod health;
 pub mod inbound;
 pub mod outbound;
+mod probe;
 pub mod registration;
 
 use std::collections::BTreeMap;

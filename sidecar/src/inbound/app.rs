@@ -11,7 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use tokio::io::ReadHalf;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
@@ -21,6 +21,8 @@ use tombolo_core::refusal::Refusal;
 use tombolo_leg::http::upgrade::IoBody;
 use tombolo_leg::http::{BoxError, HttpLeg, HttpLimits, LegHealth, RecvBody, SendErrorKind, StreamError};
 use tombolo_leg::status::Crossing;
+
+use crate::probe::Found;
 
 /// Requests and connections of one application that are under way at once; above it callers are refused, and may go
 /// elsewhere.
@@ -36,6 +38,13 @@ const IDLE_FOR: Duration = Duration::from_secs(30);
 /// HTTP/2 connections to one application.
 const SHARED_MAX: usize = 16;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the application has for a probe; whoever asks may give up earlier.
+const PROBE_MAX: Duration = Duration::from_secs(2);
+/// What a probe has found holds this long for others who ask.
+const PROBE_HOLDS: Duration = Duration::from_millis(100);
+/// RFC 9110 section 9.3.7: a request about the server as a whole, which reaches no resource.
+const PROBE_HTTP1: &[u8] =
+    b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nUser-Agent: tombolo-probe\r\nConnection: close\r\n\r\n";
 
 /// The application's side of a connection that has switched protocols.
 pub type Switched = ReadHalf<TokioIo<hyper::upgrade::Upgraded>>;
@@ -63,6 +72,8 @@ pub struct App {
     in_use: Arc<Semaphore>,
     idle: Mutex<Vec<Idle>>,
     shared: Mutex<Vec<HttpLeg>>,
+    /// One probe at a time, however many ask.
+    probed: tokio::sync::Mutex<Option<(Instant, Found)>>,
 }
 
 #[derive(Debug)]
@@ -74,7 +85,8 @@ struct Idle {
 impl App {
     pub fn new(address: String, protocol: AppProtocol) -> Self {
         let in_use = Arc::new(Semaphore::new(IN_USE_MAX));
-        Self { address, protocol, in_use, idle: Mutex::default(), shared: Mutex::default() }
+        let probed = tokio::sync::Mutex::default();
+        Self { address, protocol, in_use, idle: Mutex::default(), shared: Mutex::default(), probed }
     }
 
     /// Whether it is spoken to in HTTP/2. A port whose protocol is not configured is spoken to in HTTP/1.1 when its
@@ -86,6 +98,37 @@ impl App {
     pub async fn connect_opaque(&self) -> Result<Connection, Refusal> {
         let in_use = self.in_use.clone().try_acquire_owned().map_err(|_| Refusal::Overloaded)?;
         Ok(Connection { tcp: self.connect().await?, _in_use: in_use })
+    }
+
+    /// Asks on a fresh connection whether it is at work: HTTP/1.1 by `OPTIONS *`, HTTP/2 by a PING. `identity` is the
+    /// one that the application goes by.
+    pub async fn probe(&self, identity: &SpiffeId) -> Found {
+        let mut probed = self.probed.lock().await;
+        if let Some((_, found)) = probed.filter(|(at, _)| at.elapsed() < PROBE_HOLDS) {
+            return found;
+        }
+        let asked = async { if self.is_http2() { self.probe_http2(identity).await } else { self.probe_http1().await } };
+        let found = timeout(PROBE_MAX, asked).await.unwrap_or(Found::Silent);
+        *probed = Some((Instant::now(), found));
+        found
+    }
+
+    async fn probe_http1(&self) -> Found {
+        let Ok(mut tcp) = self.connect().await else { return Found::Refused };
+        // Whoever closes the connection, even unasked, is at work: a stopped process does not.
+        if tcp.write_all(PROBE_HTTP1).await.is_ok() {
+            let _ = tcp.read_u8().await;
+        }
+        Found::Alive
+    }
+
+    async fn probe_http2(&self, identity: &SpiffeId) -> Found {
+        let Ok(tcp) = self.connect().await else { return Found::Refused };
+        let crossing = Crossing::default();
+        if let Ok(fresh) = HttpLeg::over(tcp, identity.clone(), crossing, Duration::ZERO, HttpLimits::default()).await {
+            fresh.answers().await;
+        }
+        Found::Alive
     }
 
     /// Sends a request in HTTP/1.1, in origin form with its `Host` set.

@@ -20,6 +20,7 @@ use tombolo_runtime::telemetry::{Kind, Span};
 use super::Inbound;
 use super::app::{App, AppBody, AppError};
 use crate::outbound::refuse::Refused;
+use crate::probe;
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
@@ -46,6 +47,9 @@ pub(super) async fn handle(
             return Ok(refuse(&inbound, refusal, &leg, request.headers(), &mut span));
         }
     };
+    if probe::is_question(&request) {
+        return answer_probe(&inbound, &app).await;
+    }
     match forward(&inbound, &app, request, &leg, &span).await {
         Ok(response) => {
             inbound.observed.request(cluster, "answered");
@@ -69,6 +73,13 @@ pub(super) async fn handle(
             Err(Abandon::Broken(error))
         }
     }
+}
+
+/// Another sidecar asks whether the application is at work.
+async fn answer_probe(inbound: &Inbound, app: &App) -> Result<Response<ResponseBody>, Abandon> {
+    let own = inbound.svid.current().map(|svid| svid.id.clone());
+    let own = own.ok_or(Abandon::NeverReachedApp(Refusal::NoCertificate))?;
+    Ok(probe::answer::<Full<Bytes>>(app.probe(&own).await).map(ResponseBody::Own))
 }
 
 enum Failed {

@@ -127,6 +127,11 @@ impl Route {
         Duration::from_millis(ms_since(self.around.base, now).saturating_sub(self.used_ms.load(Ordering::Relaxed)))
     }
 
+    /// Whether a request waits for its response to begin.
+    pub fn is_waiting(&self) -> bool {
+        self.live.load().targets.iter().any(|target| target.waiting().is_some())
+    }
+
     /// The session that a request of this caller belongs to, where the service asks for affinity.
     pub fn session(&self, caller: IpAddr) -> Option<u64> {
         match self.live.load().affinity {

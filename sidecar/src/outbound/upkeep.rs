@@ -4,9 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use http::Request;
-use http_body_util::Empty;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tombolo_core::id::ClusterId;
@@ -24,8 +21,10 @@ use super::gateways::PeerReach;
 use super::route::Route;
 use super::target::Target;
 use super::warm;
+use crate::probe::{self, Found};
 
-/// How often ejections and hangs are looked at while there are requests.
+/// How often ejections and hangs are looked at while requests wait for their responses, and while there are any.
+const STEP_WAITING: Duration = Duration::from_millis(50);
 const STEP: Duration = Duration::from_millis(100);
 /// How often legs and services are looked through.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -40,12 +39,16 @@ pub async fn run(outbound: Arc<Outbound>) {
     loop {
         let now = Instant::now();
         let routes = outbound.services.routes();
-        let mut busy = false;
+        let mut step = SWEEP;
         for route in &routes {
             for target in route.handle_timeout(now) {
                 probes.spawn(probe(outbound.clone(), route.clone(), target));
             }
-            busy |= route.idle_for(now) < SWEEP || route.poll_timeout().is_some();
+            if route.is_waiting() {
+                step = STEP_WAITING;
+            } else if route.idle_for(now) < SWEEP || route.poll_timeout().is_some() {
+                step = step.min(STEP);
+            }
         }
         if now.duration_since(swept) >= SWEEP {
             swept = now;
@@ -53,7 +56,7 @@ pub async fn run(outbound: Arc<Outbound>) {
             outbound.services.let_go(now);
         }
         tokio::select! {
-            () = tokio::time::sleep(if busy { STEP } else { SWEEP }) => {}
+            () = tokio::time::sleep(step) => {}
             Ok(()) = trust.changed() => check_trust(&outbound),
             Some(_) = probes.join_next() => {}
         }
@@ -94,16 +97,16 @@ async fn probe(outbound: Arc<Outbound>, route: Arc<Route>, target: Arc<Target>) 
     route.handle_probe(&target, answered, Instant::now());
 }
 
-/// `OPTIONS`, which is safe: any answer shows that the application lives.
+/// The far sidecar asks its application on a fresh connection; a far gateway or sidecar that fails is as bad.
 async fn probe_http(outbound: &Arc<Outbound>, target: &Arc<Target>) -> bool {
     let Ok(leg) = outbound.dialer.shared(target, None).await else { return false };
-    let uri = format!("http://{}:{}/", target.service.clusterset_name(), target.port);
-    let request = Request::options(uri).header("user-agent", "tombolo-probe").body(Empty::<Bytes>::new());
-    let request = request.expect("made of valid names");
-    match leg.send(request).await {
-        Ok(response) => {
-            !response.status().is_server_error() || !response.headers().contains_key(super::refuse::REFUSAL)
-        }
+    let question = probe::question(&format!("{}:{}", target.service.clusterset_name(), target.port));
+    match leg.send(question).await {
+        Ok(response) => match probe::found(response.headers()) {
+            Some(found) => found == Found::Alive,
+            // A sidecar that has passed it on to its application.
+            None => !response.status().is_server_error() || !response.headers().contains_key(super::refuse::REFUSAL),
+        },
         // An application that does not like OPTIONS is alive; one that died in the middle gives INTERNAL_ERROR.
         Err(error) => matches!(
             error.kind,
