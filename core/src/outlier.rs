@@ -76,7 +76,7 @@ pub enum Elsewhere {
     Nothing,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EjectReason {
     Failures,
@@ -101,6 +101,11 @@ impl EjectReason {
             Self::Refused => "refused",
             Self::Hung => "hung",
         }
+    }
+
+    /// Whether nobody is there to answer, and not only answers badly.
+    pub fn is_unresponsive(self) -> bool {
+        matches!(self, Self::Refused | Self::Hung)
     }
 
     /// Whether requests that wait at the endpoint can't expect an answer any more, and should go elsewhere.

@@ -65,6 +65,8 @@ refusals! {
     Draining = "draining", "the process is shutting down and takes no new work";
     /// A limit on connections, streams or memory is reached.
     Overloaded = "overloaded", "a configured limit is reached; see the limits in the documentation";
+    /// The bound that the service's owner has set for one caller.
+    CircuitOpen = "circuit-open", "as much of this service is under way from here as its circuit breaker allows at once";
     /// A stalled leg was reset to give memory back.
     Stalled = "stalled", "the receiver had stopped reading, and the memory budget for waiting bytes was used up";
     /// The certificate is absent.

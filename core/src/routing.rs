@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::id::{ClusterId, EndpointId};
 use crate::model::{Freshness, Origin};
+use crate::outlier::EjectReason;
 
 mod affinity;
 mod capacity;
@@ -65,7 +66,9 @@ pub struct EndpointView {
     pub id: EndpointId,
     pub weight: u32,
     pub ready: bool,
-    pub ejected: bool,
+    pub ejected: Option<EjectReason>,
+    /// In the zone of the caller.
+    pub near: bool,
     /// When it became fit for requests, if it was not so from the beginning.
     pub since: Option<Instant>,
 }
@@ -77,6 +80,8 @@ pub enum Standing {
     Usable,
     /// Ready by its own account, but requests to it failed.
     Ejected,
+    /// As well, and nobody is there to answer: it refuses connections, or hangs.
+    Unresponsive,
     /// The tunnel to its cluster is silent.
     ClusterSuspect,
     /// No tunnel to its cluster.
@@ -117,6 +122,10 @@ pub struct PlannedCluster {
     /// Which endpoints get requests.
     #[serde(skip)]
     candidates: Candidates,
+    /// Those of them in the caller's zone, where that comes first, and the part of the requests that is theirs alone.
+    #[serde(skip)]
+    near: Candidates,
+    near_share: f64,
 }
 
 /// Where the requests for one port of one service go until something changes. With its endpoints'
@@ -217,7 +226,8 @@ fn standing(view: &ClusterView, endpoint: &EndpointView) -> Standing {
     };
     let own = match endpoint {
         EndpointView { ready: false, .. } => Standing::NotReady,
-        EndpointView { ejected: true, .. } => Standing::Ejected,
+        EndpointView { ejected: Some(reason), .. } if reason.is_unresponsive() => Standing::Unresponsive,
+        EndpointView { ejected: Some(_), .. } => Standing::Ejected,
         _ => Standing::Usable,
     };
     cluster.max(own)
@@ -240,12 +250,16 @@ fn assemble(
             .filter(|(other, view)| !preferences.excludes(&view.cluster, *other))
             .all(|(_, view)| weights(view).healthy == 0);
         let panic = !excluded && alone && is_panic(view, preferences);
-        let mut candidates = Candidates::default();
+        let near_share = if preferences.zone_first { near_share(view) } else { 0.0 };
+        let (mut candidates, mut near) = (Candidates::default(), Candidates::default());
         for endpoint in &view.endpoints {
             let own = if excluded { Standing::Excluded } else { Standing::Usable };
             let (standing, weight) = (standing(view, endpoint).max(own), endpoint.weight.max(1));
             if standing == Standing::Usable || panic && standing == Standing::Ejected {
                 candidates.push(endpoints.len(), weight);
+                if preferences.zone_first && endpoint.near {
+                    near.push(endpoints.len(), weight);
+                }
             }
             let key = EndpointKey { cluster: view.cluster.clone(), endpoint: endpoint.id.clone() };
             let warming = endpoint.since.filter(|since| *since + preferences.slow_start > now);
@@ -253,24 +267,45 @@ fn assemble(
             endpoints.push(PlannedEndpoint { key, weight, standing, warming, number });
         }
         let (cluster, origin) = (view.cluster.clone(), view.origin);
-        clusters.push(PlannedCluster { cluster, origin, share: 0.0, possible, granted, panic, candidates });
+        let share = 0.0;
+        clusters.push(PlannedCluster {
+            cluster,
+            origin,
+            share,
+            possible,
+            granted,
+            panic,
+            candidates,
+            near,
+            near_share,
+        });
     }
     share::share_out(&mut clusters, preferences);
     Plan { clusters, endpoints, balance: preferences.balance, slow_start: preferences.slow_start }
 }
 
-/// Whether so little of what a cluster holds ready is fit that the fit ones would be crushed.
+/// How much the endpoints in the caller's zone can carry, 0 to 1.
+fn near_share(view: &ClusterView) -> f64 {
+    let mut near = view.clone();
+    near.endpoints.retain(|endpoint| endpoint.near);
+    let Weights { known, healthy } = weights(&near);
+    if known == 0 { 0.0 } else { (OVER_PROVISIONING * healthy as f64 / known as f64).min(1.0) }
+}
+
+/// Whether so little of what a cluster holds ready is fit that the fit ones would be crushed. What answered badly may
+/// have been crushed as well, and is asked again; what does not answer at all is not.
 fn is_panic(view: &ClusterView, preferences: &Preferences) -> bool {
-    let (mut fit, mut ready) = (0, 0);
+    let (mut fit, mut doubtful, mut ready) = (0, 0, 0);
     for endpoint in &view.endpoints {
         let weight = u64::from(endpoint.weight.max(1));
         match standing(view, endpoint) {
             Standing::Usable => (fit, ready) = (fit + weight, ready + weight),
-            Standing::Ejected => ready += weight,
+            Standing::Ejected => (doubtful, ready) = (doubtful + weight, ready + weight),
+            Standing::Unresponsive => ready += weight,
             _ => {}
         }
     }
-    fit > 0 && (fit as f64) < preferences.panic_threshold * ready as f64
+    fit > 0 && doubtful > 0 && (fit as f64) < preferences.panic_threshold * ready as f64
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ pub struct Pick {
     /// Index into [`Plan::endpoints`].
     pub endpoint: usize,
     pub reason: PickReason,
+    /// Its cluster is not the first in the order of preference.
+    pub spilled: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -21,6 +23,8 @@ pub enum PickReason {
     Share,
     /// The endpoint is the session's.
     Session,
+    /// So few endpoints are fit that this one is asked although it was ejected.
+    Panic,
     /// Every usable endpoint of the chosen cluster was tried already: the next cluster.
     Failover,
     /// Every usable endpoint anywhere was tried already: one of them again.
@@ -35,6 +39,7 @@ impl PickReason {
         match self {
             PickReason::Share => "share",
             PickReason::Session => "session",
+            PickReason::Panic => "panic",
             PickReason::Failover => "failover",
             PickReason::Again => "again",
             PickReason::LastResort => "last-resort",
@@ -110,24 +115,40 @@ impl Plan {
     /// Picks the endpoint for one try. `load` says what an endpoint has to do.
     pub fn pick(&self, draw: Draw<'_>, load: impl Fn(usize) -> Load) -> Option<Pick> {
         let mut random = SplitMix(draw.random);
+        let (endpoint, reason) = self.pick_any(draw, &mut random, &load)?;
+        let spilled = self.clusters.first().is_some_and(|first| first.cluster != self.endpoints[endpoint].key.cluster);
+        Some(Pick { endpoint, reason, spilled })
+    }
+
+    fn pick_any(
+        &self,
+        draw: Draw<'_>,
+        random: &mut SplitMix,
+        load: &impl Fn(usize) -> Load,
+    ) -> Option<(usize, PickReason)> {
         let own = random.next();
         // A session's cluster is drawn by the session, so that it moves no more than shares do.
         let by_session = draw.session.filter(|_| self.balance == Balance::ConsistentHash);
-        if let Some(first) = self.draw_cluster(by_session.map_or(own, affinity::mix)) {
-            if let Some(endpoint) = self.pick_within(first, &mut random, draw, &load) {
-                let reason = if by_session.is_some() { PickReason::Session } else { PickReason::Share };
-                return Some(Pick { endpoint, reason });
-            }
-            for cluster in &self.clusters {
-                if let Some(endpoint) = self.pick_within(cluster, &mut random, draw, &load) {
-                    return Some(Pick { endpoint, reason: PickReason::Failover });
-                }
-            }
-            let endpoint = self.pick_within(first, &mut random, Draw { tried: &[], ..draw }, &load)?;
-            return Some(Pick { endpoint, reason: PickReason::Again });
+        let Some(first) = self.draw_cluster(by_session.map_or(own, affinity::mix)) else {
+            let endpoint = self.last_resort(random.next(), draw.tried)?;
+            return Some((endpoint, PickReason::LastResort));
+        };
+        if let Some(endpoint) = self.pick_within(first, random, draw, load) {
+            let panic = self.endpoints[endpoint].standing != Standing::Usable;
+            let reason = match by_session {
+                _ if panic => PickReason::Panic,
+                Some(_) => PickReason::Session,
+                None => PickReason::Share,
+            };
+            return Some((endpoint, reason));
         }
-        let endpoint = self.last_resort(random.next(), draw.tried)?;
-        Some(Pick { endpoint, reason: PickReason::LastResort })
+        for cluster in &self.clusters {
+            if let Some(endpoint) = self.pick_within(cluster, random, draw, load) {
+                return Some((endpoint, PickReason::Failover));
+            }
+        }
+        let endpoint = self.pick_within(first, random, Draw { tried: &[], ..draw }, load)?;
+        Some((endpoint, PickReason::Again))
     }
 
     /// Whether somebody else could answer if this endpoint took no more requests.
@@ -155,11 +176,28 @@ impl Plan {
         draw: Draw<'_>,
         load: &impl Fn(usize) -> Load,
     ) -> Option<usize> {
+        let session = draw.session.filter(|_| self.balance == Balance::ConsistentHash);
+        // A session's zone goes by the session, and by another number than its cluster.
+        let mut own = || session.map_or_else(|| random.next(), |session| affinity::mix(!session));
+        let near = !cluster.near.indices.is_empty() && fraction(own()) < cluster.near_share;
+        if near && let Some(picked) = self.pick_untried(&cluster.near, random, draw, load) {
+            return Some(picked);
+        }
+        self.pick_untried(&cluster.candidates, random, draw, load)
+    }
+
+    fn pick_untried(
+        &self,
+        candidates: &Candidates,
+        random: &mut SplitMix,
+        draw: Draw<'_>,
+        load: &impl Fn(usize) -> Load,
+    ) -> Option<usize> {
         if draw.tried.is_empty() {
-            return self.pick_among(&cluster.candidates, random, draw, load);
+            return self.pick_among(candidates, random, draw, load);
         }
         let mut untried = Candidates::default();
-        for index in &cluster.candidates.indices {
+        for index in &candidates.indices {
             let endpoint = &self.endpoints[*index];
             if !draw.tried.contains(&endpoint.key) {
                 untried.push(*index, endpoint.weight);

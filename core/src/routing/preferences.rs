@@ -36,9 +36,11 @@ pub struct Preferences {
     /// as much as possible to the first cluster in the order.
     pub weights: BTreeMap<ClusterId, u32>,
     pub failover: Failover,
-    /// When no other cluster has a fit endpoint and less than this share of the ready endpoints is fit, the
-    /// ejected ones are asked as well. 0 to 1; with 0 only when none is fit.
+    /// When no other cluster has a fit endpoint and less than this share of the ready endpoints is fit, ejected
+    /// ones that answered are asked as well. 0 to 1; with 0 only when none is fit.
     pub panic_threshold: f64,
+    /// Within a cluster, endpoints of the caller's zone first, in proportion to how healthy those are.
+    pub zone_first: bool,
     /// An endpoint that becomes fit gets a tenth of its part at first, and all of it after this time.
     pub slow_start: Duration,
 }
@@ -50,8 +52,9 @@ impl Default for Preferences {
             order: Vec::new(),
             weights: BTreeMap::new(),
             failover: Failover::default(),
-            panic_threshold: 0.0,
-            slow_start: Duration::from_secs(5),
+            panic_threshold: 0.5,
+            zone_first: false,
+            slow_start: Duration::from_secs(10),
         }
     }
 }

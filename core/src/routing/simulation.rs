@@ -132,7 +132,8 @@ impl Simulation {
                     id: endpoint.key.endpoint.clone(),
                     weight: 1,
                     ready: endpoint.ready,
-                    ejected: endpoint.outlier.is_ejected(),
+                    ejected: endpoint.outlier.ejected_for(),
+                    near: false,
                     since: endpoint.since,
                 })
                 .collect(),
@@ -142,6 +143,11 @@ impl Simulation {
 
     fn replan(&mut self) {
         let plan = self.router.plan(self.views(), &Preferences::default(), self.now());
+        for cluster in &plan.clusters {
+            let others = plan.endpoints.iter().filter(|endpoint| endpoint.key.cluster != cluster.cluster);
+            let beside = others.filter(|endpoint| endpoint.standing == Standing::Usable).count();
+            assert!(!cluster.panic || beside == 0, "panic although another cluster has capacity");
+        }
         let sum: f64 = plan.clusters.iter().map(|cluster| cluster.share).sum();
         let usable = plan.endpoints.iter().any(|endpoint| endpoint.standing == Standing::Usable);
         assert!((sum - f64::from(u8::from(usable))).abs() < 1e-9, "shares add up to {sum} at {} ms", self.now_ms);
@@ -182,7 +188,8 @@ impl Simulation {
             };
             let standing = self.plan.endpoints[pick.endpoint].standing;
             let usable = self.plan.endpoints.iter().any(|endpoint| endpoint.standing == Standing::Usable);
-            assert_eq!(standing == Standing::Usable, usable, "an unfit endpoint was picked beside a fit one");
+            let panic = self.plan.clusters.iter().any(|cluster| cluster.panic);
+            assert!(standing == Standing::Usable || !usable || panic, "an unfit endpoint was picked beside a fit one");
             let at = self.index_of(pick.endpoint);
             self.endpoints[at].picked += 1;
             match self.endpoints[at].mood {

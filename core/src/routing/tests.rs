@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// `east: a b! c*2 | west@30: d` is the local cluster and one at 30 ms; `!` = not ready, `~` = ejected,
-/// `*n` = weight. `?` after a cluster's name = suspect, `-` = down, `%` = draining.
+/// `^` = the same because it refused, `*n` = weight. `?` after a cluster's name = suspect, `-` = down, `%` = draining.
 fn views(text: &str) -> Vec<ClusterView> {
     let cluster = |(place, text): (usize, &str)| {
         let (head, endpoints) = text.split_once(':').unwrap();
@@ -34,10 +34,15 @@ fn views(text: &str) -> Vec<ClusterView> {
 fn endpoint(text: &str) -> EndpointView {
     let (name, weight) = text.split_once('*').unwrap_or((text, "1"));
     EndpointView {
-        id: name.trim_end_matches(['!', '~']).parse().unwrap(),
+        id: name.trim_end_matches(['!', '~', '^']).parse().unwrap(),
         weight: weight.parse().unwrap(),
         ready: !name.contains('!'),
-        ejected: name.contains('~'),
+        ejected: match name.chars().last().unwrap() {
+            '~' => Some(EjectReason::GatewayErrors),
+            '^' => Some(EjectReason::Refused),
+            _ => None,
+        },
+        near: false,
         since: None,
     }
 }
@@ -148,6 +153,7 @@ fn without_usable_endpoints_the_least_bad_is_tried() {
     use PickReason::*;
     check_pick("east: a! | west: b~", &[], Some(("b", LastResort)));
     check_pick("east: a~ | west: b~", &[], Some(("a", LastResort)));
+    check_pick("east: a^ | west: b~", &[], Some(("b", LastResort)));
     check_pick("east: a~ | west: b~", &["a"], Some(("b", LastResort)));
     check_pick("east: a! | west?: b", &[], Some(("b", LastResort)));
     check_pick("east: a! | west-: b", &[], Some(("b", LastResort)));
@@ -262,7 +268,30 @@ fn in_panic_ejected_endpoints_are_asked_unless_another_cluster_has_a_fit_one() {
     check_panic("east: a b~", 0.5, &["a"]);
     check_panic("east: a b~ c~ | west: e!", 0.5, &["a", "b", "c"]);
     check_panic("east: a b~ c~ | west: e", 0.5, &["a", "e"]);
+    check_panic("east: a b^ c^ d~", 0.5, &["a", "d"]);
+    check_panic("east: a b^ c^", 0.5, &["a"]);
     check_panic("east: a~ b~ | west: e f~ g~", 0.5, &["e", "f", "g"]);
+}
+
+#[test]
+fn the_callers_zone_comes_first_as_far_as_it_is_healthy() {
+    let zoned = Preferences { zone_first: true, ..Preferences::default() };
+    let part = |text: &str, preferences: &Preferences| {
+        let mut views = views(text);
+        views[0].endpoints.iter_mut().for_each(|endpoint| endpoint.near = endpoint.id.as_str().starts_with('n'));
+        let plan = Router::default().plan(views, preferences, Instant::now());
+        let near = |random: &u64| {
+            let pick = plan.pick(draw(*random, &[]), idle).unwrap();
+            plan.endpoints[pick.endpoint].key.endpoint.as_str().starts_with('n')
+        };
+        (0..1_000).filter(near).count()
+    };
+    assert_eq!(part("east: n1 n2 x y", &zoned), 1_000);
+    assert!((450..550).contains(&part("east: n1 n2 x y", &Preferences::default())));
+    // Half of the zone is healthy: 70 % by preference, and a third of the rest.
+    assert!((770..830).contains(&part("east: n1 n2! x y", &zoned)));
+    assert_eq!(part("east: n1! n2! x y", &zoned), 0);
+    assert_eq!(part("east: x y", &zoned), 0);
 }
 
 #[test]
@@ -377,7 +406,8 @@ fn any_views() -> impl Strategy<Value = Vec<ClusterView>> {
                 id: format!("e{place}-{n}").parse().unwrap(),
                 weight,
                 ready,
-                ejected,
+                ejected: ejected.then_some(EjectReason::GatewayErrors),
+                near: false,
                 since: None,
             });
             ClusterView {
@@ -404,7 +434,14 @@ proptest! {
         let pick = plan.pick(draw(random, &[]), idle);
         prop_assert_eq!(pick.is_some(), !plan.endpoints.is_empty());
         if let Some(pick) = pick {
-            prop_assert_eq!(plan.endpoints[pick.endpoint].standing == Standing::Usable, usable);
+            let picked = &plan.endpoints[pick.endpoint];
+            let panic = plan.clusters.iter().any(|cluster| cluster.panic && cluster.cluster == picked.key.cluster);
+            let doubtful = panic && picked.standing == Standing::Ejected;
+            prop_assert!(picked.standing == Standing::Usable || doubtful || !usable);
+            let beside = plan.endpoints.iter().any(|other| {
+                other.key.cluster != picked.key.cluster && other.standing == Standing::Usable
+            });
+            prop_assert!(!(doubtful && beside), "an ejected endpoint although another cluster has a fit one");
         }
     }
 
@@ -426,7 +463,7 @@ proptest! {
         let before = default_plan(&mut Router::default(), views.clone(), now);
         let mut better = views;
         if let Some(endpoint) = better[0].endpoints.get_mut(which) {
-            (endpoint.ready, endpoint.ejected) = (true, false);
+            (endpoint.ready, endpoint.ejected) = (true, None);
         }
         let after = default_plan(&mut Router::default(), better, now);
         prop_assert!(after.clusters[0].share >= before.clusters[0].share - 1e-9);

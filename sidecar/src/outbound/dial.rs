@@ -91,6 +91,7 @@ impl LegDialer {
         target: &Arc<Target>,
         trace: Option<TraceParent>,
     ) -> Result<HttpLeg, LegFailure> {
+        let mut entered = None;
         loop {
             let mut waiting = match target.pool.acquire(self.stamp()) {
                 Acquire::Leg(leg) => return Ok(leg),
@@ -105,6 +106,10 @@ impl LegDialer {
                     waiting
                 }
             };
+            if entered.is_none() {
+                let full = |refused| LegFailure { refused, blame: Blame::Here };
+                entered = Some(target.pending.enter("requests that wait for a leg").map_err(full)?);
+            }
             let result = waiting.wait_for(Option::is_some).await.map(|result| result.clone());
             if let Ok(Some(Err(failure))) = result {
                 return Err(LegFailure::clone(&failure));

@@ -194,7 +194,7 @@ impl Outbound {
             if number > 1 && matches!(pick.reason, PickReason::Again | PickReason::LastResort) {
                 tokio::time::sleep(PAUSE * (1 << (number - 2).min(6))).await;
             }
-            let flight = Flight::begin(target.clone());
+            let flight = Flight::begin(target.clone(), route.breaker.requests.enter("requests")?);
             let may_leave =
                 || number < self.schedule.tries && outgoing.is_replayable() && route.may_retry(Instant::now());
             let result = within(deadline, self.try_once(&target, outgoing, trace, may_leave)).await;
@@ -220,6 +220,8 @@ impl Outbound {
             }
             tracing::debug!(service = %route.service, target = ?target.key, progress = ?failure.progress, refused = %failure.refused, "try failed");
             match retry::judge(failure.progress, outgoing.idempotent, outgoing.body.state()) {
+                // More tries are not what an open circuit breaker asks for.
+                _ if failure.refused.refusal == Refusal::CircuitOpen => return Err(failure.refused),
                 Verdict::Free => {}
                 Verdict::Budgeted if failure.paid || route.may_retry(now) => {}
                 Verdict::Budgeted | Verdict::No(_) => return Err(failure.refused),

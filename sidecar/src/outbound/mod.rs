@@ -9,6 +9,7 @@
 //! CONNECT always carries opaque bytes, to an HTTP port too: what runs inside is not ours to read.
 
 mod body;
+mod breaker;
 pub mod dial;
 mod explain;
 pub mod gateways;
@@ -31,6 +32,7 @@ pub mod warm;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
 use tombolo_core::outlier::OutlierConfig;
 use tombolo_core::retry::Schedule;
 use tombolo_runtime::drain::DrainWatch;
@@ -52,6 +54,8 @@ pub struct Outbound {
     pub services: Services,
     pub dialer: Arc<LegDialer>,
     pub gateways: Gateways,
+    /// Rung when upkeep has something to look at.
+    upkeep: Arc<Notify>,
     schedule: Schedule,
     observed: Observed,
     tracer: Tracer,
@@ -76,14 +80,17 @@ impl Outbound {
             legs: limits.legs_per_endpoint,
             idle: limits.leg_idle,
         };
+        let upkeep = Arc::new(Notify::new());
         let around = Surroundings {
             instance: config.instance.clone(),
+            zone: config.zone.clone(),
             gateways: gateways.clone(),
             observed: observed.clone(),
             pool,
             warm_legs: limits.warm_legs,
             outlier: OutlierConfig::default(),
             retry_share: retry.budget,
+            upkeep: upkeep.clone(),
             base: Instant::now(),
         };
         let service_limits =
@@ -93,6 +100,7 @@ impl Outbound {
             services: Services::new(source, around, service_limits),
             dialer: Arc::new(dialer),
             gateways,
+            upkeep,
             schedule: Schedule { tries: retry.tries, per_try: retry.per_try_timeout, total: retry.deadline },
             observed,
             tracer: process.tracer.clone(),

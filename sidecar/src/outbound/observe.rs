@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tombolo_core::outlier::EjectReason;
 use tombolo_core::refusal::Refusal;
-use tombolo_core::routing::EndpointKey;
+use tombolo_core::routing::{EndpointKey, Pick, PickReason};
 use tombolo_runtime::metrics::prometheus_client::encoding::EncodeLabelSet;
 use tombolo_runtime::metrics::prometheus_client::metrics::counter::Counter;
 use tombolo_runtime::metrics::prometheus_client::metrics::family::Family;
@@ -19,6 +19,7 @@ pub struct Observed {
     requests: Family<RequestLabels, Counter>,
     retries: Family<RetryLabels, Counter>,
     ejections: Family<EjectionLabels, Counter>,
+    fallbacks: Fallbacks,
     /// Requests that were answered by another cluster than the one that was tried first.
     pub failovers: Counter,
     pub connections: Gauge,
@@ -45,6 +46,36 @@ struct EjectionLabels {
     reason: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FallbackLabels {
+    reason: &'static str,
+}
+
+/// Picks that are not what is preferred, looked up once.
+#[derive(Debug, Clone)]
+struct Fallbacks {
+    spill: Counter,
+    panic: Counter,
+    failover: Counter,
+    again: Counter,
+    last_resort: Counter,
+}
+
+impl Fallbacks {
+    fn new(metrics: &Metrics) -> Self {
+        let help = "Tries that went elsewhere than to a fit endpoint of the preferred cluster, by reason";
+        let family: Family<FallbackLabels, Counter> = metrics.counters("tombolo_outbound_fallback_picks", help);
+        let counter = |reason| family.get_or_create_owned(&FallbackLabels { reason });
+        Self {
+            spill: counter("spill"),
+            panic: counter(PickReason::Panic.name()),
+            failover: counter(PickReason::Failover.name()),
+            again: counter(PickReason::Again.name()),
+            last_resort: counter(PickReason::LastResort.name()),
+        }
+    }
+}
+
 /// The counters of one service in one cluster, looked up once and not for each request.
 #[derive(Debug, Clone)]
 pub struct TargetCounters {
@@ -65,6 +96,7 @@ impl Observed {
             retries: metrics
                 .counters("tombolo_outbound_retries", "Second tries, by how far the try before them had come"),
             ejections: metrics.counters("tombolo_outbound_ejections", "Endpoints ejected because requests failed"),
+            fallbacks: Fallbacks::new(metrics),
             failovers: metrics.counter(
                 "tombolo_outbound_failovers",
                 "Requests answered by another cluster than the one that was tried first",
@@ -102,6 +134,18 @@ impl Observed {
             Progress::ResponseBegun => "response-begun",
         };
         self.retries.get_or_create_owned(&RetryLabels { after }).inc();
+    }
+
+    /// Counts a pick, unless it is what is preferred.
+    pub fn picked(&self, pick: Pick) {
+        match pick.reason {
+            PickReason::Share | PickReason::Session if pick.spilled => self.fallbacks.spill.inc(),
+            PickReason::Share | PickReason::Session => return,
+            PickReason::Panic => self.fallbacks.panic.inc(),
+            PickReason::Failover => self.fallbacks.failover.inc(),
+            PickReason::Again => self.fallbacks.again.inc(),
+            PickReason::LastResort => self.fallbacks.last_resort.inc(),
+        };
     }
 
     pub fn ejected(&self, reason: EjectReason) {

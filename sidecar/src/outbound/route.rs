@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use tokio::sync::Notify;
 use tombolo_core::id::{EndpointId, InstanceName, ServiceName, SpiffeId};
 use tombolo_core::model::{AppProtocol, Origin, SessionAffinity};
 use tombolo_core::outlier::{Elsewhere, Outcome, OutlierConfig, OutlierEvent};
@@ -17,22 +18,29 @@ use tombolo_core::routing::{
 };
 use tombolo_leg::discovery::{ServiceView, ShareView};
 
+use super::breaker::Breaker;
 use super::gateways::{Gateways, PeerReach};
 use super::observe::Observed;
 use super::pool::PoolLimits;
 use super::target::{Place, Target, lock, ms_since};
+
+/// A route without a request for this long is no longer looked at often.
+const IDLE_MS: u64 = 1_000;
 
 /// What a route needs from its surroundings.
 #[derive(Clone)]
 pub struct Surroundings {
     /// This sidecar's own name, by which its application's sessions are known.
     pub instance: InstanceName,
+    pub zone: Option<String>,
     pub gateways: Gateways,
     pub observed: Observed,
     pub pool: PoolLimits,
     pub warm_legs: usize,
     pub outlier: OutlierConfig,
     pub retry_share: f64,
+    /// Rung when what goes on beside the requests has something to look at before its next round.
+    pub upkeep: Arc<Notify>,
     /// From which times are counted in this process.
     pub base: Instant,
 }
@@ -48,6 +56,7 @@ pub struct Route {
     budget: Mutex<RetryBudget>,
     used_ms: AtomicU64,
     turn: AtomicU64,
+    pub breaker: Breaker,
 }
 
 /// What requests read: replaced as a whole.
@@ -92,6 +101,7 @@ impl Route {
             budget: Mutex::new(RetryBudget::new(around.retry_share, around.base)),
             used_ms: AtomicU64::new(0),
             turn: AtomicU64::new(0),
+            breaker: Breaker::default(),
             around,
         }
     }
@@ -110,7 +120,10 @@ impl Route {
 
     /// Marks the route as used and lets the request earn its share of second tries.
     pub fn begin(&self, now: Instant) {
-        self.used_ms.store(ms_since(self.around.base, now), Ordering::Relaxed);
+        let now_ms = ms_since(self.around.base, now);
+        if self.used_ms.swap(now_ms, Ordering::Relaxed).saturating_add(IDLE_MS) < now_ms {
+            self.around.upkeep.notify_one();
+        }
         lock(&self.budget).deposit();
     }
 
@@ -151,6 +164,7 @@ impl Route {
         let now_ms = ms_since(self.around.base, now);
         let draw = Draw { random: rand::random(), turn, session, tried, now };
         let pick = live.plan.pick(draw, |index| live.targets[index].load_at(now_ms))?;
+        self.around.observed.picked(pick);
         Some((live.targets[pick.endpoint].clone(), pick))
     }
 
@@ -277,6 +291,9 @@ impl Route {
         let leading = leading(&shares);
         let app = leading.and_then(|share| share.share.export.port(self.port)).map_or(AppProtocol::Opaque, |p| p.app);
         let affinity = leading.map_or(SessionAffinity::None, |share| share.share.export.session_affinity);
+        if planning.router.poll_timeout().is_some() {
+            self.around.upkeep.notify_one();
+        }
         self.live.store(Arc::new(Live { plan, targets, app, exported: !shares.is_empty(), affinity }));
     }
 
@@ -287,12 +304,17 @@ impl Route {
             Origin::Remote => self.around.gateways.reach(cluster),
         };
         let own = targets.iter().filter(|target| target.key.cluster == *cluster);
-        let endpoints = own.map(|target| EndpointView {
-            id: target.key.endpoint.clone(),
-            weight: share.share.export.endpoints.get(&target.key.endpoint).map_or(1, |endpoint| endpoint.weight),
-            ready: target.is_ready(),
-            ejected: target.is_ejected(),
-            since: target.since(),
+        let endpoints = own.map(|target| {
+            let known = share.share.export.endpoints.get(&target.key.endpoint);
+            let zone = known.and_then(|endpoint| endpoint.zone.as_ref());
+            EndpointView {
+                id: target.key.endpoint.clone(),
+                weight: known.map_or(1, |endpoint| endpoint.weight),
+                ready: target.is_ready(),
+                ejected: target.outlier().ejected_for(),
+                near: zone.is_some() && zone == self.around.zone.as_ref(),
+                since: target.since(),
+            }
         });
         ClusterView {
             cluster: cluster.clone(),
@@ -331,7 +353,7 @@ impl Route {
         }
         // What is there from the beginning has no slow start.
         let since = planning.view.is_some().then_some(now);
-        Arc::new(Target::new(&self.around, place, ready, since))
+        Arc::new(Target::new(&self.around, place, &self.breaker.pending, ready, since))
     }
 }
 

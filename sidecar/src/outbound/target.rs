@@ -10,6 +10,7 @@ use tombolo_core::model::Origin;
 use tombolo_core::outlier::Outlier;
 use tombolo_core::routing::{EndpointKey, Load, PeakEwma};
 
+use super::breaker::{Bounded, Entered};
 use super::observe::TargetCounters;
 use super::pool::Pool;
 use super::route::Surroundings;
@@ -37,6 +38,8 @@ pub struct Target {
     /// A [`PeakEwma`] in its bits.
     latency: AtomicU64,
     base: Instant,
+    /// Requests that wait for a leg, to any endpoint of the service.
+    pub pending: Arc<Bounded>,
     outlier: Mutex<Outlier>,
 }
 
@@ -51,7 +54,13 @@ pub struct Place {
 }
 
 impl Target {
-    pub fn new(around: &Surroundings, place: Place, ready: bool, since: Option<Instant>) -> Self {
+    pub fn new(
+        around: &Surroundings,
+        place: Place,
+        pending: &Arc<Bounded>,
+        ready: bool,
+        since: Option<Instant>,
+    ) -> Self {
         let Place { key, service, port, origin, server_ids, address } = place;
         Self {
             counters: around.observed.target(&service.to_string(), &key),
@@ -70,6 +79,7 @@ impl Target {
             since_ms: AtomicU64::new(since.map_or(0, |since| ms_since(around.base, since))),
             latency: AtomicU64::new(PeakEwma::default().to_bits()),
             base: around.base,
+            pending: pending.clone(),
             outlier: Mutex::new(Outlier::new(around.outlier)),
         }
     }
@@ -150,12 +160,13 @@ impl Target {
 /// A try under way at a target: counted as load until it is dropped.
 pub struct Flight {
     pub target: Arc<Target>,
+    _entered: Entered,
 }
 
 impl Flight {
-    pub fn begin(target: Arc<Target>) -> Self {
+    pub fn begin(target: Arc<Target>, entered: Entered) -> Self {
         target.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self { target }
+        Self { target, _entered: entered }
     }
 }
 

@@ -111,7 +111,7 @@ pub async fn open(
         if number > 1 && matches!(pick.reason, PickReason::Again | PickReason::LastResort) {
             tokio::time::sleep(super::http::PAUSE * (1 << (number - 2).min(6))).await;
         }
-        let flight = Flight::begin(target.clone());
+        let flight = Flight::begin(target.clone(), route.breaker.connections.enter("connections")?);
         let tried_at = Instant::now();
         let failure = match open_once(outbound, &target, caller, trace).await {
             Ok(leg) => {

@@ -57,6 +57,7 @@ pub async fn run(outbound: Arc<Outbound>) {
         }
         tokio::select! {
             () = tokio::time::sleep(step) => {}
+            () = outbound.upkeep.notified(), if step == SWEEP => {}
             Ok(()) = trust.changed() => check_trust(&outbound),
             Some(_) = probes.join_next() => {}
         }

@@ -107,6 +107,8 @@ pub enum Mood {
     Hung,
     /// Takes requests and breaks off.
     Breaks,
+    /// Takes so many milliseconds for each request.
+    Takes(u64),
 }
 
 /// A far sidecar with its application.
@@ -187,6 +189,7 @@ async fn app(name: &'static str, mood: Mood, requests: Arc<AtomicU32>, request: 
         Mood::Well => {}
         Mood::AppDead => return Err(Abandon::NeverReachedApp(Refusal::AppUnreachable)),
         Mood::Hung => return std::future::pending().await,
+        Mood::Takes(ms) => tokio::time::sleep(Duration::from_millis(ms)).await,
         Mood::Breaks => {
             requests.fetch_add(1, Ordering::SeqCst);
             return Err(Abandon::Broken("the application died".into()));
@@ -257,7 +260,7 @@ async fn opaque_app(name: &str, mood: &Mutex<Mood>, leg: AcceptedLeg) {
             return;
         }
         Mood::Breaks => return,
-        Mood::Well | Mood::Hung => {}
+        Mood::Well | Mood::Hung | Mood::Takes(_) => {}
     }
     opaque::answer(&mut stream, Ok(())).await.unwrap();
     stream.write_all(format!("hello from {name}\n").as_bytes()).await.unwrap();
