@@ -95,6 +95,12 @@ refusals! {
     RelayLoop = "relay-loop", "the leg has crossed too many clusters, or came back to one that it had crossed";
     /// The deadline for an answer passed.
     Timeout = "timeout", "no answer came within the deadline";
+    /// A captured connection that nothing redirected.
+    NotRedirected = "not-redirected", "the connection came straight to a port that only takes redirected ones; see `tombolo sidecar capture`";
+    /// A captured connection that this sidecar made itself.
+    CaptureLoop = "capture-loop", "the sidecar's own connections are captured; exclude whom it runs as (`tombolo sidecar capture --exclude-uid`)";
+    /// Plaintext where only inner legs may enter.
+    Plaintext = "plaintext", "the connection is no inner leg, and capture.plaintext is strict; the caller needs a sidecar";
     /// The connection ended before an answer.
     ConnectionLost = "connection-lost", "the connection ended before the answer";
 }

@@ -70,6 +70,37 @@ pub async fn read_opening(io: &mut (impl AsyncRead + Unpin), policy: ProxyPolicy
     }
 }
 
+/// What the first octets of a connection are, when they are only looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FirstOctets {
+    /// A whole ClientHello; its octets stay where they are.
+    Hello { server_name: Option<String>, alpn: Vec<Vec<u8>> },
+    /// The beginning of one.
+    Incomplete,
+    /// Something else, or a ClientHello of more than [`LENGTH_MAX`] octets.
+    Other,
+}
+
+/// Judges octets that were peeked at; none at all are the beginning of anything.
+pub fn judge(octets: &[u8]) -> FirstOctets {
+    let mut acceptor = Acceptor::default();
+    let mut offered = 0;
+    while offered < octets.len() {
+        let Ok(taken) = acceptor.read_tls(&mut &octets[offered..]) else { return FirstOctets::Other };
+        offered += taken;
+        match acceptor.accept() {
+            Ok(Some(accepted)) => {
+                let hello = accepted.client_hello();
+                let alpn = hello.alpn().into_iter().flatten().take(ALPN_MAX).map(<[u8]>::to_vec).collect();
+                return FirstOctets::Hello { server_name: hello.server_name().map(str::to_owned), alpn };
+            }
+            Ok(None) => {}
+            Err(_) => return FirstOctets::Other,
+        }
+    }
+    if octets.len() >= LENGTH_MAX { FirstOctets::Other } else { FirstOctets::Incomplete }
+}
+
 struct Reader {
     buffer: Vec<u8>,
     proxy: Option<ProxyHeader>,

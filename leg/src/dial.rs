@@ -246,7 +246,7 @@ async fn gateway_answer(tcp: &mut TcpStream) -> Result<Crossing, Failed> {
 }
 
 /// A leg whose far end has vanished without a word must not stay for ever.
-pub(crate) fn keep_alive(tcp: &TcpStream) {
+pub fn keep_alive(tcp: &TcpStream) {
     let probes = socket2::TcpKeepalive::new()
         .with_time(Duration::from_secs(30))
         .with_interval(Duration::from_secs(10))

@@ -13,6 +13,8 @@ use tombolo_runtime::federation::{FederationConfig, host_port_problem};
 use tombolo_runtime::logging::LogConfig;
 use tombolo_runtime::telemetry::TelemetryConfig;
 
+use crate::capture::config::CaptureConfig;
+
 /// Everything a sidecar is told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -34,6 +36,8 @@ pub struct Config {
     /// Where inner legs arrive.
     #[serde(default = "default_inbound")]
     pub inbound: SocketAddr,
+    /// What is done with connections that the packet filter redirects here; nothing if absent.
+    pub capture: Option<CaptureConfig>,
     /// host:port at which gateways and other sidecars of this cluster reach `inbound`; its bound address if absent.
     pub advertise: Option<String>,
     /// What the application behind this sidecar serves.
@@ -252,6 +256,9 @@ impl Validate for Config {
             );
             problems.push(Problem::new("advertise", reason));
         }
+        if let Some(capture) = &self.capture {
+            capture.problems(&mut problems);
+        }
         self.retry.problems(&mut problems);
         self.limits.problems(&mut problems);
         for (n, service) in self.services.iter().enumerate() {
@@ -387,6 +394,10 @@ mod tests {
         check(everywhere, Some("`inbound` listens on every address (0.0.0.0:15008)"));
         check(&format!("{everywhere}advertise: 10.0.0.7:15008\n"), None);
         check("services: [{service: shop/web, port: 80, app: x}]\n", Some("services[0].app"));
+        check("capture: {}\n", None);
+        check("capture: {plaintext: strict, addressesWait: 500ms}\n", None);
+        check("capture: {inbound: 15002}\n", Some("capture.inbound: outbound and inbound connections need a port"));
+        check("capture: {plaintext: maybe}\n", Some("sidecar.yaml:4:"));
         check("colour: red\n", Some("unknown field `colour`"));
     }
 }

@@ -20,6 +20,7 @@ use anyhow::Context;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tombolo_core::addresses::mesh::MeshAddresses;
 use tombolo_leg::discovery::{Federation, LinkStatus, SidecarDiscovery};
 use tombolo_runtime::admin::Admin;
 use tombolo_runtime::metrics::Metrics;
@@ -71,6 +72,11 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     }
     let served = serve_inbound(&config, &process, &svid, &trust, &discovery).await?;
     addresses.insert("inbound".to_owned(), served.address);
+    if let Some(config) = &config.capture {
+        let known = discovery.addresses();
+        addresses.extend(capture::start(config, &outbound, &served.inbound, known.clone(), &process.metrics)?);
+        tokio::spawn(follow_addresses(process.readiness.clone(), known));
+    }
     let upkeep = tokio::spawn(outbound::upkeep::run(outbound.clone()));
     let gateways =
         tokio::spawn(outbound::upkeep::follow_gateways(outbound.clone(), discovery.gateways(), svid.clone()));
@@ -158,6 +164,21 @@ async fn follow_readiness(readiness: Readiness, svid: SvidSource, discovery: Sid
         tokio::select! {
             changed = status.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(std::time::Duration::from_secs(5)) => {}
+        }
+    }
+}
+
+/// While not every address of the mesh is known, captured connections to some would have to be refused.
+async fn follow_addresses(readiness: Readiness, mut addresses: watch::Receiver<MeshAddresses>) {
+    let known = readiness.condition("addresses", "the federation has not told every address of the mesh yet");
+    loop {
+        if addresses.borrow_and_update().is_complete() {
+            known.holds();
+        } else {
+            known.fails("the federation has not told every address of the mesh yet");
+        }
+        if addresses.changed().await.is_err() {
+            return;
         }
     }
 }

@@ -88,7 +88,7 @@ pub struct Inbound {
     legs: Arc<Semaphore>,
     observed: Observed,
     tracer: Tracer,
-    drain: DrainWatch,
+    pub(crate) drain: DrainWatch,
 }
 
 impl Inbound {
@@ -142,7 +142,8 @@ impl Inbound {
         })
     }
 
-    async fn leg(self: Arc<Self>, tcp: TcpStream, place: Place, drain: CancellationToken) {
+    /// Serves one leg to its end.
+    pub(crate) async fn leg(self: Arc<Self>, tcp: TcpStream, place: Place, drain: CancellationToken) {
         let accepted = place.run(self.acceptor.accept(tcp)).await;
         let displaced =
             |displaced: Displaced| AcceptError { refusal: Refusal::Overloaded, detail: displaced.to_string() };

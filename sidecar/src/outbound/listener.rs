@@ -61,7 +61,8 @@ pub async fn run(outbound: Arc<Outbound>, listener: TcpListener, fixed: Option<S
     }
 }
 
-async fn serve(outbound: &Arc<Outbound>, connection: TcpStream, caller: Caller) {
+/// Serves one connection to its end.
+pub(crate) async fn serve(outbound: &Arc<Outbound>, connection: TcpStream, caller: Caller) {
     let address = caller.address;
     // Fails only on a socket that is gone already.
     let _ = connection.set_nodelay(true);

@@ -59,8 +59,8 @@ pub struct Outbound {
     schedule: Schedule,
     observed: Observed,
     tracer: Tracer,
-    drain: DrainWatch,
-    connections_max: usize,
+    pub(crate) drain: DrainWatch,
+    pub(crate) connections_max: usize,
     connect_timeout: Duration,
 }
 
