@@ -110,7 +110,7 @@ pub fn run(start: StartRole) -> anyhow::Result<()> {
     }
     logging::init(&config.log)?;
     raise_file_limit();
-    tombolo_runtime::block_on(start.workers, async move {
+    tombolo_runtime::block_on(start.worker_count(), async move {
         let (trigger, watch) = drain();
         let signals = tokio::spawn(trigger.drain_on_signal(config.drain_deadline));
         let tracers = Tracers::default();

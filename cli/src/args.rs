@@ -77,9 +77,15 @@ pub struct StartRole {
     #[arg(long)]
     pub check_config: bool,
 
-    /// Worker threads; 1 is the fastest for each core, more use more cores
-    #[arg(long, env = "TOMBOLO_WORKERS", default_value_t = 1, value_name = "N")]
-    pub workers: usize,
+    /// Worker threads [default: as many as the CPU limit (cgroup v2 cpu.max) allows, 1 without a limit]
+    #[arg(long, env = "TOMBOLO_WORKERS", value_name = "N")]
+    pub workers: Option<usize>,
+}
+
+impl StartRole {
+    pub fn worker_count(&self) -> usize {
+        self.workers.unwrap_or_else(tombolo_runtime::workers::from_cpu_limit)
+    }
 }
 
 #[derive(Args)]

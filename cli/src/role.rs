@@ -84,7 +84,7 @@ where
     }
     logging::init(config.log())?;
     raise_file_limit();
-    tombolo_runtime::block_on(start.workers, async move {
+    tombolo_runtime::block_on(start.worker_count(), async move {
         let deadline = config.drain_deadline();
         let (trigger, watch) = drain();
         let process = Process::new(name, &config.attributes(), config.telemetry(), watch)?;

@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod process;
 pub mod readiness;
 pub mod telemetry;
+pub mod workers;
 
 use std::future::Future;
 
