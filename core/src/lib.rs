@@ -22,6 +22,7 @@ pub mod join;
 pub mod liveness;
 pub mod model;
 pub mod outlier;
+pub mod policy;
 pub mod publish;
 pub mod refusal;
 pub mod registration;
