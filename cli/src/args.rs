@@ -101,7 +101,7 @@ pub struct SidecarCommand {
 #[derive(Subcommand)]
 pub enum SidecarAction {
     /// Redirect this host's connections to the sidecar, by rules of the kernel's packet filter (docs/capture.md)
-    Capture(CaptureCommand),
+    Capture(Box<CaptureCommand>),
 }
 
 /// Every option that excludes can be given several times, or with commas.

@@ -34,7 +34,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Federation(start) => role::federation(start),
         Command::Gateway(start) => role::gateway(start),
         Command::Sidecar(command) => match command.action {
-            Some(SidecarAction::Capture(command)) => capture::run(command),
+            Some(SidecarAction::Capture(command)) => capture::run(*command),
             None => role::sidecar(command.start),
         },
         Command::Agent(start) => agent::run(start),

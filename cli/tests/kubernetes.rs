@@ -156,7 +156,8 @@ async fn what_an_api_server_exports_is_called_from_a_directory_cluster_also_whil
     west.stop_one("federation", Duration::from_secs(3)).await.unwrap();
     assert_eq!(curl(proxy, &[WEB]).await.status, 200);
     let (restarted, started) = tokio::join!(west.restart("federation"), plane.start_apiserver());
-    (restarted.unwrap(), started.unwrap());
+    restarted.unwrap();
+    started.unwrap();
     curl_until(proxy, WEB, "web-in-west").await;
 
     // The watches of a server that came back are as good as new.

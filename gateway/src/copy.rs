@@ -228,10 +228,10 @@ impl Sink {
         let now = Instant::now();
         self.receiver.handle_blocked(now);
         let stalls_at = self.receiver.stalls_at().expect("it is blocked");
-        if stalls_at > now {
-            if let Ok(ready) = timeout_at(stalls_at.into(), leg.tcp.writable()).await {
-                return ready.map_err(|_| LegEnd::TcpReset);
-            }
+        if stalls_at > now
+            && let Ok(ready) = timeout_at(stalls_at.into(), leg.tcp.writable()).await
+        {
+            return ready.map_err(|_| LegEnd::TcpReset);
         }
         let since = self.receiver.stalled_since(Instant::now()).unwrap_or(now);
         let charge = self.charge.get_or_insert_with(|| leg.stalls.charge(since));

@@ -334,7 +334,7 @@ impl Entrance {
             let _ = far.read(&mut head).await.unwrap();
             far.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi").await.unwrap();
         };
-        let (answer, ()) = bounded(async { tokio::join!(self.world.get("/"), answer) }).await;
+        let (answer, ()) = bounded(Box::pin(async { tokio::join!(self.world.get("/"), answer) })).await;
         assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("hi"), "{answer}");
     }
 }
@@ -363,7 +363,7 @@ async fn dribble(near: TcpStream, far: TcpStream, pieces: usize, pause: Duration
 async fn inner_legs_are_served_at_any_port() {
     for plaintext in [Plaintext::Permissive, Plaintext::Strict] {
         let entrance = Entrance::new(plaintext, 64 * 1024, Duration::ZERO).await;
-        entrance.cross().await;
+        Box::pin(entrance.cross()).await;
         assert!(entrance.count("mesh") >= 2);
         assert_eq!((entrance.count("passed"), entrance.count("refused")), (0, 0), "{plaintext:?}");
     }
@@ -438,5 +438,5 @@ async fn plaintext_is_reset_where_only_legs_may_enter() {
     assert_eq!((metric(&entrance.process, line), entrance.count("refused"), entrance.count("passed")), (3, 3, 0));
     // The application saw none of them.
     assert!(tokio::time::timeout(Duration::ZERO, entrance.app.accept()).await.is_err());
-    entrance.cross().await;
+    Box::pin(entrance.cross()).await;
 }

@@ -97,7 +97,7 @@ impl Target {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// What it has to do; `now_ms` as [`ms_since`] counts.
+    /// What it has to do; `now_ms` as `ms_since` counts.
     pub fn load_at(&self, now_ms: u64) -> Load {
         Load { in_flight: self.in_flight(), latency_us: self.latency().estimate_us(now_ms) }
     }

@@ -119,7 +119,7 @@ fn a_denial_comes_before_every_permission() {
 #[test]
 fn an_auditing_policy_decides_nothing_and_says_what_it_would_have() {
     let audited = policy("a", r#"{"mode": "audit", "rules": [{"from": [{"namespaces": ["shop"]}]}]}"#);
-    let (got, audit) = reason(&[audited.clone()], &Defaults::default(), "east:x/y", "GET /");
+    let (got, audit) = reason(std::slice::from_ref(&audited), &Defaults::default(), "east:x/y", "GET /");
     assert!(got.starts_with("allowed: no AccessPolicy"), "{got}");
     assert!(audit.unwrap().starts_with("denied: AccessPolicy shop/a selects"));
     assert_eq!(reason(&[audited], &Defaults::default(), "east:shop/y", "GET /").1, None);
