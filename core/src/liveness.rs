@@ -63,6 +63,9 @@ pub struct Liveness {
     outstanding: BTreeMap<u64, Instant>,
     last_probe: Option<Instant>,
     heard: Instant,
+    /// When the last suspicion ended. Probes from before it were answered over a stall, which says nothing of
+    /// how long the path is.
+    resumed: Option<Instant>,
     rtt: Option<Duration>,
     events: VecDeque<LivenessEvent>,
 }
@@ -78,6 +81,7 @@ impl Liveness {
             outstanding: BTreeMap::new(),
             last_probe: None,
             heard: now,
+            resumed: None,
             rtt: None,
             events: VecDeque::new(),
         }
@@ -103,6 +107,9 @@ impl Liveness {
             return;
         }
         self.heard = self.heard.max(now);
+        if self.reach == Reach::Suspect {
+            self.resumed = Some(now);
+        }
         self.become_reach(Reach::Up);
     }
 
@@ -110,10 +117,12 @@ impl Liveness {
     pub fn handle_answer(&mut self, sequence: u64, now: Instant) {
         let Some(sent) = self.outstanding.get(&sequence).copied() else { return };
         self.outstanding = self.outstanding.split_off(&(sequence + 1));
-        let sample = now.saturating_duration_since(sent);
-        // RFC 6298's weight: steady, yet a new path shows within a second of probes.
-        self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8));
         self.handle_heard(now);
+        if self.resumed.is_none_or(|resumed| sent >= resumed) {
+            let sample = now.saturating_duration_since(sent);
+            // RFC 6298's weight: steady, yet a new path shows within a second of probes.
+            self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8));
+        }
     }
 
     /// When `handle_timeout` wants to be called.
@@ -289,6 +298,33 @@ mod tests {
         assert_eq!(liveness.reach(), Reach::Dead);
         liveness.handle_heard(start + MS * 120_001);
         assert_eq!(liveness.reach(), Reach::Dead);
+    }
+
+    #[test]
+    fn answers_that_a_stall_held_up_do_not_make_it_more_patient() {
+        let start = Instant::now();
+        let mut liveness = machine(start);
+        liveness.handle_in_use(true);
+        // Whatever is asked in the stall is answered, all at once, when it ends.
+        run(&mut liveness, start, MS * 1_400, |_| Some(MS));
+        let changes = run(&mut liveness, start, MS * 8_000, |at| Some((MS * 5_000).saturating_sub(at).max(MS)));
+        let [(_, Reach::Suspect), (up, Reach::Up)] = changes[..] else { panic!("{changes:?}") };
+        assert_eq!(up, 5_000);
+        assert!(liveness.rtt() <= Some(MS), "{:?}", liveness.rtt());
+        let changes = run(&mut liveness, start, MS * 9_000, |_| None);
+        let [(suspect, Reach::Suspect)] = changes[..] else { panic!("{changes:?}") };
+        assert!((8_250..=8_550).contains(&suspect), "{suspect}");
+    }
+
+    #[test]
+    fn a_path_that_has_become_long_is_learned() {
+        let start = Instant::now();
+        let mut liveness = machine(start);
+        liveness.handle_in_use(true);
+        run(&mut liveness, start, MS * 1_000, |_| Some(MS));
+        let changes = run(&mut liveness, start, MS * 20_000, |_| Some(MS * 2_000));
+        assert!(changes.len() <= 2, "{changes:?}");
+        assert!(liveness.rtt() >= Some(MS * 1_900), "{:?}", liveness.rtt());
     }
 
     #[test]

@@ -269,6 +269,17 @@ impl Outlier {
         self.is_ejected().then(|| self.restore(now))
     }
 
+    /// The way to the endpoint's cluster stands again. Probes that the broken way failed say nothing of the endpoint:
+    /// the pause that they made is forgiven, and the next probe is due at once.
+    pub fn handle_way_up(&mut self, now: Instant) {
+        match self.state {
+            State::Ejected { .. } => (self.state, self.ejections) = (State::Ejected { until: now }, 1),
+            // It was asked over the broken way. Should it fail, it counts as the first.
+            State::Probing { .. } => self.ejections = 0,
+            State::Admitted | State::Questioned { .. } => {}
+        }
+    }
+
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.state {
             State::Admitted => None,
@@ -538,6 +549,30 @@ mod tests {
     }
 
     #[test]
+    fn what_a_broken_way_did_is_forgiven_when_it_stands_again() {
+        let mut bench = Bench::new();
+        bench.outcome(Outcome::Refused, 0);
+        let mut ms = 0;
+        for pause in [500, 1_000, 2_000, 4_000] {
+            ms += pause;
+            assert_eq!(bench.tick(ms), Some(OutlierEvent::Probe));
+            assert_eq!(bench.probe(false, ms), None);
+        }
+        assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + 8_000)));
+        bench.outlier.handle_way_up(bench.at(ms + 10));
+        assert_eq!(bench.tick(ms + 10), Some(OutlierEvent::Probe));
+        // A way that breaks and stands again while the probe is under way.
+        bench.outlier.handle_way_up(bench.at(ms + 15));
+        assert_eq!(bench.probe(false, ms + 20), None);
+        assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + 520)));
+        assert_eq!(bench.tick(ms + 520), Some(OutlierEvent::Probe));
+        assert_eq!(bench.probe(true, ms + 530), Some(OutlierEvent::Restored));
+        // Who is not ejected has nothing to be forgiven.
+        bench.outlier.handle_way_up(bench.at(ms + 540));
+        assert_eq!(bench.outlier.poll_timeout(), None);
+    }
+
+    #[test]
     fn readiness_declared_anew_ends_an_ejection() {
         let mut bench = Bench::new();
         bench.outcome(Outcome::Refused, 0);
@@ -556,7 +591,7 @@ mod tests {
         }
 
         #[test]
-        fn an_ejected_endpoint_always_has_a_timeout(steps in prop::collection::vec((0_u8..6, any::<bool>()), 0..60)) {
+        fn an_ejected_endpoint_always_has_a_timeout(steps in prop::collection::vec((0_u8..7, any::<bool>()), 0..60)) {
             let mut outlier = Outlier::new(OutlierConfig::default());
             let mut now = Instant::now();
             for (step, flag) in steps {
@@ -568,6 +603,10 @@ mod tests {
                     2 => outlier.handle_outcome(FAST, elsewhere, now),
                     3 => outlier.handle_probe(flag, elsewhere, now),
                     4 => outlier.handle_outstanding(5, now, now),
+                    5 => {
+                        outlier.handle_way_up(now);
+                        None
+                    }
                     _ => outlier.handle_timeout(elsewhere, now),
                 };
                 prop_assert!(!outlier.is_ejected() || outlier.poll_timeout().is_some());

@@ -3,12 +3,16 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use common::{Far, Mood, WEB, World, bounded, eventually, share};
 use tombolo_core::model::Origin;
+use tombolo_core::outlier::Outcome;
 use tombolo_core::refusal::Refusal;
+use tombolo_core::routing::ClusterReach;
+use tombolo_sidecar::outbound::gateways::PeerReach;
 
 fn cluster_of(answer: &str) -> &str {
     let line = answer.lines().find_map(|line| line.strip_prefix("tombolo-cluster: "));
@@ -160,6 +164,54 @@ async fn the_next_gateway_is_tried() {
     let answer = bounded(world.get("/")).await;
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("tombolo-refusal: no-tunnel"), "{answer}");
     assert!(answer.contains("retry-after: 1") && answer.contains("as the test says"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_silent_gateway_is_overtaken_and_remembered() {
+    let world = World::with("limits: {connectTimeout: 9s}\n").await;
+    // As a stopped process: the kernel accepts, and nobody says anything.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut first = world.gate.as_local("gw-silent");
+    first.ingress_address = silent.local_addr().unwrap().to_string();
+    let gateways = &world.outbound.gateways;
+    gateways.replace(&[first, world.gate.as_local("gw-east")]);
+    reach(&world, "gw-silent", ClusterReach::Up);
+    reach(&world, "gw-east", ClusterReach::Suspect);
+    world.tell(false, true);
+    let began = Instant::now();
+    let answer = bounded(world.get("/")).await;
+    assert!(answer.contains("tombolo-path: east/gw-east > "), "{answer}");
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    let failed: Vec<bool> = gateways.snapshot().iter().map(|gateway| gateway.has_failed()).collect();
+    assert_eq!(failed, [true, false]);
+}
+
+/// What a gateway says of the other cluster.
+fn reach(world: &World, gateway: &str, reach: ClusterReach) {
+    let peers = BTreeMap::from([("west".parse().unwrap(), PeerReach { reach, rtt: None })]);
+    world.outbound.gateways.observe(&gateway.parse().unwrap(), false, Some(peers));
+}
+
+#[tokio::test]
+async fn endpoints_return_with_the_way_to_them() {
+    let world = World::new().await;
+    bounded(world.get("/")).await;
+    let route = world.outbound.services.known(WEB).unwrap();
+    let west = route.live().targets.iter().find(|target| target.origin == Origin::Remote).unwrap().clone();
+    reach(&world, "gw-east", ClusterReach::Suspect);
+    // Nothing else runs before the next `await`: the probes fail here, not on the way.
+    let mut now = Instant::now();
+    route.refresh(now);
+    route.handle_outcome(&west, Outcome::Refused, now);
+    for _ in 0..10 {
+        now += Duration::from_secs(60);
+        assert_eq!(route.handle_timeout(now).len(), 1);
+        route.handle_probe(&west, false, now);
+    }
+    assert!(west.outlier().poll_timeout().unwrap() > Instant::now() + Duration::from_secs(600));
+    reach(&world, "gw-east", ClusterReach::Up);
+    route.refresh(Instant::now());
+    eventually("the endpoint is back", || !west.is_ejected()).await;
 }
 
 #[tokio::test]

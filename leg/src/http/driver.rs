@@ -249,6 +249,10 @@ pub(super) struct Driver<T> {
     connection: h2::client::Connection<Heard<T>, Bytes>,
     ping: PingPong,
     sent: Option<Instant>,
+    /// The PING under way was held up: its answer says how long the stall was, not how long the path is.
+    stalled: bool,
+    /// The one before was held up. If this one is too, the path has become long.
+    measuring_again: bool,
     timer: Pin<Box<Sleep>>,
     armed: bool,
     shared: Arc<Shared>,
@@ -258,7 +262,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     pub(super) fn new(mut connection: h2::client::Connection<Heard<T>, Bytes>, shared: Arc<Shared>) -> Self {
         let ping = connection.ping_pong().expect("taken once, here");
         let timer = Box::pin(tokio::time::sleep(PING_AFTER));
-        let mut driver = Self { connection, ping, sent: None, timer, armed: false, shared };
+        let mut driver =
+            Self { connection, ping, sent: None, stalled: false, measuring_again: false, timer, armed: false, shared };
         // The answer to the first PING comes behind the peer's settings and is the first measured round trip.
         driver.probe(Instant::now());
         driver
@@ -267,6 +272,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     fn probe(&mut self, now: Instant) {
         if self.ping.send_ping(Ping::opaque()).is_ok() {
             self.sent = Some(now);
+            self.stalled = false;
         }
     }
 
@@ -275,12 +281,25 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
             match self.ping.poll_pong(cx) {
                 Poll::Ready(Ok(_)) => {
                     self.sent = None;
-                    self.sample(sent.elapsed());
+                    self.measure(sent, Instant::now());
                     self.shared.settled.send_if_modified(|settled| !std::mem::replace(settled, true));
                 }
                 Poll::Ready(Err(_)) => self.sent = None,
                 Poll::Pending => return,
             }
+        }
+    }
+
+    /// Takes in the answer to the PING that was sent at `sent`.
+    fn measure(&mut self, sent: Instant, now: Instant) {
+        // This process may have been held up itself, and has not looked yet.
+        let overslept = self.armed && now.saturating_duration_since(self.timer.deadline()) > LATE;
+        if (self.stalled || overslept) && !self.measuring_again {
+            self.measuring_again = true;
+            self.probe(now);
+        } else {
+            self.measuring_again = false;
+            self.sample(now.saturating_duration_since(sent));
         }
     }
 
@@ -315,6 +334,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
                     return true;
                 }
                 if now >= since + allowed {
+                    self.stalled = true;
                     shared.become_health(LegHealth::Suspect);
                     since + DEAD_AFTER
                 } else {

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use tokio::sync::watch;
-use tombolo_core::id::GatewayId;
+use tombolo_core::id::{ClusterId, GatewayId};
 use tombolo_core::model::Origin;
 use tombolo_core::refusal::Refusal;
 use tombolo_core::sni::LegTarget;
@@ -20,6 +22,14 @@ use super::observe::{Counted, Observed};
 use super::pool::{Acquire, Dialled, Stamp};
 use super::refuse::Refused;
 use super::target::Target;
+
+/// Silence of a gateway after which the next one is asked too, if its path's round trips do not take longer (the
+/// connection attempt delay of RFC 8305, section 5, which recommends 250 ms and no less than 100 ms).
+const OVERTAKE_AFTER: Duration = Duration::from_millis(200);
+/// Round trips of a tunnel that a leg may take: the gateways' answer and the handshake, and one that is lost.
+const OVERTAKE_ROUND_TRIPS: u32 = 3;
+/// Gateways that are asked at the same time for one leg.
+const GATEWAYS_AT_ONCE: usize = 3;
 
 /// Where the fault lies when a leg does not stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,6 +180,8 @@ impl LegDialer {
         }
     }
 
+    /// Asks one gateway after the other. One that refuses or fails makes room for the next at once; one that is
+    /// silent, as a stopped process is, is overtaken.
     async fn through_gateways(
         &self,
         target: &Target,
@@ -182,27 +194,46 @@ impl LegDialer {
             refused: Refused::new(Refusal::NoTunnel, format!("to {cluster}: this cluster has no gateway")),
             blame: Blame::Way,
         };
-        while let Some(gateway) = self.gateways.choose(cluster, &tried, rand::random()) {
+        let mut asked: Vec<Arc<Gateway>> = Vec::new();
+        let mut dials = FuturesUnordered::new();
+        let mut next = self.gateways.choose(cluster, &tried, rand::random());
+        loop {
             let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
+            if let Some(gateway) = next.take().filter(|_| !left.is_zero()) {
+                tried.push(gateway.id.clone());
+                asked.push(gateway.clone());
+                let dial = self.dialer.dial(request(Via::Gateway { address: gateway.ingress.clone() }, left));
+                dials.push(async move { (gateway, dial.await) });
             }
-            tried.push(gateway.id.clone());
-            // What hangs must leave time for the next gateway.
-            let others = self.gateways.choose(cluster, &tried, 0).is_some();
-            let deadline = if others { left / 2 } else { left };
-            match self.dialer.dial(request(Via::Gateway { address: gateway.ingress.clone() }, deadline)).await {
-                Ok(leg) => {
-                    gateway.worked();
-                    return Ok(WithGateway { leg, gateway: Some(gateway.id.clone()) });
+            let following = self.gateways.choose(cluster, &tried, rand::random()).filter(|_| !left.is_zero());
+            let overtake = following.is_some() && dials.len() < GATEWAYS_AT_ONCE;
+            tokio::select! {
+                Some((gateway, result)) = dials.next() => {
+                    asked.retain(|asked| asked.id != gateway.id);
+                    match result {
+                        Ok(leg) => {
+                            gateway.worked();
+                            // Those that were asked before this one and have said nothing.
+                            asked.iter().for_each(|silent| silent.failed());
+                            return Ok(WithGateway { leg, gateway: Some(gateway.id.clone()) });
+                        }
+                        Err(error) if error.refusal == Refusal::NoCertificate => return Err(blame_here(error)),
+                        Err(error) if is_the_gateways(&error, &gateway) => last = blame_way(error, &gateway),
+                        Err(error) => return Err(blame_endpoint(error, target)),
+                    }
+                    next = following;
                 }
-                Err(error) if error.refusal == Refusal::NoCertificate => return Err(blame_here(error)),
-                Err(error) if is_the_gateways(&error, &gateway) => last = blame_way(error, &gateway),
-                Err(error) => return Err(blame_endpoint(error, target)),
+                () = tokio::time::sleep(patience(&asked, cluster)), if overtake => next = following,
+                else => return Err(last),
             }
         }
-        Err(last)
     }
+}
+
+/// How long the gateway that was asked last may be silent before the next one is asked too.
+fn patience(asked: &[Arc<Gateway>], cluster: &ClusterId) -> Duration {
+    let rtt = asked.last().and_then(|gateway| gateway.reach(cluster).rtt).unwrap_or_default();
+    OVERTAKE_AFTER.max(rtt * OVERTAKE_ROUND_TRIPS)
 }
 
 /// Whether another gateway may succeed where this one did not.

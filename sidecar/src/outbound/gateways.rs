@@ -130,6 +130,11 @@ impl Gateway {
         }
     }
 
+    /// Whether it has failed since it worked last.
+    pub fn has_failed(&self) -> bool {
+        self.failures.load(Ordering::Relaxed) > 0
+    }
+
     pub fn is_avoided(&self) -> bool {
         self.avoid_until_ms.load(Ordering::Relaxed) > self.now_ms()
     }

@@ -1,7 +1,7 @@
 //! One port of one service: its endpoints in every cluster, which of them gets a request, and what became
 //! of the requests they got.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
-use tombolo_core::id::{EndpointId, InstanceName, ServiceName, SpiffeId};
+use tombolo_core::id::{ClusterId, EndpointId, InstanceName, ServiceName, SpiffeId};
 use tombolo_core::model::{AppProtocol, Origin, SessionAffinity};
 use tombolo_core::outlier::{Elsewhere, Outcome, OutlierConfig, OutlierEvent};
 use tombolo_core::retry::RetryBudget;
@@ -76,6 +76,8 @@ struct Planning {
     preferences: Preferences,
     view: Option<Arc<ServiceView>>,
     targets: Vec<Arc<Target>>,
+    /// How each remote cluster was reached when it was last planned.
+    reach: BTreeMap<ClusterId, ClusterReach>,
 }
 
 impl Route {
@@ -97,6 +99,7 @@ impl Route {
                 preferences: Preferences::default(),
                 view: None,
                 targets: Vec::new(),
+                reach: BTreeMap::new(),
             }),
             budget: Mutex::new(RetryBudget::new(around.retry_share, around.base)),
             used_ms: AtomicU64::new(0),
@@ -283,7 +286,8 @@ impl Route {
         let view = planning.view.clone();
         let shares = view.iter().flat_map(|view| &view.shares);
         let shares: Vec<&ShareView> = shares.filter(|share| share.share.export.port(self.port).is_some()).collect();
-        let views = shares.iter().map(|share| self.cluster_view(share, &planning.targets)).collect();
+        let views: Vec<_> = shares.iter().map(|share| self.cluster_view(share, &planning.targets)).collect();
+        planning.forgive_ways_up(&views, now);
         let plan = planning.router.plan(views, &planning.preferences, now);
         let target = |key: &EndpointKey| planning.targets.iter().find(|target| target.key == *key).cloned();
         let targets: Vec<_> = plan.endpoints.iter().filter_map(|endpoint| target(&endpoint.key)).collect();
@@ -354,6 +358,20 @@ impl Route {
         // What is there from the beginning has no slow start.
         let since = planning.view.is_some().then_some(now);
         Arc::new(Target::new(&self.around, place, &self.breaker.pending, ready, since))
+    }
+}
+
+impl Planning {
+    /// Where a cluster is reached again, what its broken way did to its endpoints is forgiven.
+    fn forgive_ways_up(&mut self, views: &[ClusterView], now: Instant) {
+        for view in views {
+            let before = self.reach.insert(view.cluster.clone(), view.reach);
+            if view.reach == ClusterReach::Up && before.is_some_and(|before| before != ClusterReach::Up) {
+                let own = self.targets.iter().filter(|target| target.key.cluster == view.cluster);
+                own.for_each(|target| target.outlier().handle_way_up(now));
+            }
+        }
+        self.reach.retain(|cluster, _| views.iter().any(|view| view.cluster == *cluster));
     }
 }
 
