@@ -116,7 +116,7 @@ impl Sockets {
 /// Answers messages; knows nothing of sockets.
 pub struct DnsServer {
     zone: Box<dyn Zone>,
-    upstreams: Upstreams,
+    upstreams: Arc<Upstreams>,
     cache: Mutex<Cache>,
     turn: AtomicUsize,
     observe: Box<dyn Fn(Event) + Send + Sync>,
@@ -125,11 +125,11 @@ pub struct DnsServer {
 impl DnsServer {
     pub fn new(
         zone: Box<dyn Zone>,
-        upstreams: Upstreams,
+        upstreams: impl Into<Arc<Upstreams>>,
         observe: impl Fn(Event) + Send + Sync + 'static,
     ) -> Arc<Self> {
         let (cache, turn) = (Mutex::default(), AtomicUsize::new(0));
-        Arc::new(Self { zone, upstreams, cache, turn, observe: Box::new(observe) })
+        Arc::new(Self { zone, upstreams: upstreams.into(), cache, turn, observe: Box::new(observe) })
     }
 
     /// The answer to one message; `None` when it deserves none.

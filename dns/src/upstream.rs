@@ -33,8 +33,8 @@ const FILE_AGE_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Upstreams {
     file: Option<PathBuf>,
-    /// The server's own address, which it must not ask itself.
-    own: Option<SocketAddr>,
+    /// The server's own addresses, which it must not ask itself.
+    own: Vec<SocketAddr>,
     state: Mutex<State>,
 }
 
@@ -49,17 +49,17 @@ impl Upstreams {
     /// These, in this order.
     pub fn fixed(resolvers: &[SocketAddr]) -> Self {
         let state = State { resolvers: resolvers.into(), ..State::default() };
-        Self { file: None, own: None, state: Mutex::new(state) }
+        Self { file: None, own: Vec::new(), state: Mutex::new(state) }
     }
 
     /// Those that a file in the form of `/etc/resolv.conf` names, as of now.
     pub fn from_file(file: impl Into<PathBuf>) -> Self {
-        Self { file: Some(file.into()), own: None, state: Mutex::default() }
+        Self { file: Some(file.into()), own: Vec::new(), state: Mutex::default() }
     }
 
-    /// Leaves out `own`, which would ask itself for ever.
-    pub fn except(self, own: SocketAddr) -> Self {
-        Self { own: Some(own), ..self }
+    /// Leaves out of the file's those at which the server listens: it would ask itself for ever.
+    pub fn except(self, own: &[SocketAddr]) -> Self {
+        Self { own: own.to_vec(), ..self }
     }
 
     pub fn resolvers(&self, now: Instant) -> Arc<[SocketAddr]> {
@@ -83,8 +83,8 @@ impl Upstreams {
 
     fn is_own(&self, address: SocketAddr) -> bool {
         let here =
-            |own: SocketAddr| own.ip() == address.ip() || own.ip().is_unspecified() && address.ip().is_loopback();
-        self.own.is_some_and(|own| own.port() == address.port() && here(own))
+            |own: &SocketAddr| own.ip() == address.ip() || own.ip().is_unspecified() && address.ip().is_loopback();
+        self.own.iter().any(|own| own.port() == address.port() && here(own))
     }
 
     /// The answer of the first resolver that has one; `None` when none has.
@@ -187,7 +187,7 @@ mod tests {
     fn a_changed_file_is_read_again_and_a_lost_one_changes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("resolv.conf");
-        let upstreams = Upstreams::from_file(&file).except("127.0.0.1:53".parse().unwrap());
+        let upstreams = Upstreams::from_file(&file).except(&["127.0.0.1:53".parse().unwrap()]);
         let now = Instant::now();
         let at = |seconds: u64| now + Duration::from_secs(seconds);
         assert!(upstreams.resolvers(now).is_empty());

@@ -14,6 +14,7 @@ use tombolo_runtime::logging::LogConfig;
 use tombolo_runtime::telemetry::TelemetryConfig;
 
 use crate::capture::config::CaptureConfig;
+use crate::dns::config::DnsConfig;
 
 /// Everything a sidecar is told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -38,6 +39,8 @@ pub struct Config {
     pub inbound: SocketAddr,
     /// What is done with connections that the packet filter redirects here; nothing if absent.
     pub capture: Option<CaptureConfig>,
+    /// A DNS server for names of the clusterset and all others; none if absent.
+    pub dns: Option<DnsConfig>,
     /// host:port at which gateways and other sidecars of this cluster reach `inbound`; its bound address if absent.
     pub advertise: Option<String>,
     /// What the application behind this sidecar serves.
@@ -259,6 +262,9 @@ impl Validate for Config {
         if let Some(capture) = &self.capture {
             capture.problems(&mut problems);
         }
+        if let Some(dns) = &self.dns {
+            dns.problems(&mut problems);
+        }
         self.retry.problems(&mut problems);
         self.limits.problems(&mut problems);
         for (n, service) in self.services.iter().enumerate() {
@@ -387,6 +393,13 @@ mod tests {
             None,
         );
         check("listeners: [{listen: '127.0.0.1:5432', to: 'db'}]\n", Some("sidecar.yaml:4:"));
+        check("dns: {}\n", None);
+        check("dns: {listen: ['10.0.0.1:53'], upstreams: ['10.0.0.10:53']}\n", None);
+        check("dns: {listen: []}\n", Some("dns.listen: write one"));
+        check("dns: {listen: ['127.0.0.1:53', '127.0.0.1:53']}\n", Some("dns.listen[1]: this address is listed twice"));
+        check("dns: {upstreams: []}\n", Some("dns.upstreams: write one"));
+        check("dns: {upstreams: ['127.0.0.1:15053']}\n", Some("dns.upstreams[0]: this is the server itself"));
+        check("dns: {listen: ['0.0.0.0:53'], upstreams: ['127.0.0.1:53']}\n", Some("the server itself"));
         check("retry: {tries: 0}\n", Some("retry.tries"));
         check("limits: {connections: 0}\n", Some("limits.connections: must be above zero"));
         check("advertise: here\n", Some("advertise: write host:port"));

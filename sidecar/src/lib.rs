@@ -6,6 +6,7 @@
 
 pub mod capture;
 pub mod config;
+pub mod dns;
 pub mod health;
 pub mod inbound;
 pub mod outbound;
@@ -77,11 +78,16 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
         addresses.extend(capture::start(config, &outbound, &served.inbound, known.clone(), &process.metrics)?);
         tokio::spawn(follow_addresses(process.readiness.clone(), known));
     }
+    let dns = match &config.dns {
+        Some(dns) => Some(dns::start(dns, &config.limits, &discovery, &process).await?),
+        None => None,
+    };
+    addresses.extend(dns.iter().flat_map(dns::Running::addresses));
     let upkeep = tokio::spawn(outbound::upkeep::run(outbound.clone()));
     let gateways =
         tokio::spawn(outbound::upkeep::follow_gateways(outbound.clone(), discovery.gateways(), svid.clone()));
 
-    let state = state_view(&outbound, served, &discovery, &svid);
+    let state = state_view(&outbound, served, &discovery, &svid, dns);
     let shown = serde_json::to_value(&config)?;
     let admin = Admin::start(config.admin, process.metrics.clone(), process.readiness.clone(), shown, state);
     let admin = admin.await.with_context(|| format!("admin {}", config.admin))?;
@@ -206,6 +212,7 @@ fn state_view(
     served: Served,
     discovery: &SidecarDiscovery,
     svid: &SvidSource,
+    dns: Option<dns::Running>,
 ) -> Arc<dyn Fn() -> Value + Send + Sync> {
     let (outbound, discovery, svid) = (outbound.clone(), discovery.clone(), svid.clone());
     Arc::new(move || {
@@ -227,6 +234,7 @@ fn state_view(
             "outbound": outbound.state(),
             "inbound": served.inbound.state(),
             "health": served.checks.state(),
+            "dns": dns.as_ref().map(dns::Running::state),
         })
     })
 }

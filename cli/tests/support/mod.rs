@@ -5,6 +5,7 @@
 pub mod app;
 pub mod netns;
 pub mod process;
+pub mod resolver;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -16,7 +16,8 @@ use super::name;
 use super::refuse::Refused;
 use super::route::{Route, Surroundings};
 
-/// What is told about one service, for as long as it is held.
+/// What is told about one service, for as long as it is held. Clones hold it too.
+#[derive(Clone)]
 pub struct Feed {
     pub updates: watch::Receiver<ServiceState>,
     pub hold: Option<Subscription>,
