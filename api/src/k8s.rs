@@ -7,6 +7,7 @@
 mod convert;
 mod crd;
 pub mod mcs;
+mod policy;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tombolo_core::id::{ClusterId, TrustDomain};
 use tombolo_core::model::ServiceSelector;
+use tombolo_core::policy::access::DefaultAccess;
+use tombolo_core::policy::set::Policy;
 
 pub use convert::declared;
 pub use crd::definitions;
@@ -99,6 +102,11 @@ pub struct ClusterPeerSpec {
     #[serde(default)]
     #[schemars(with = "Vec<Selector>", length(max = 1000))]
     pub imports: Vec<ServiceSelector>,
+    /// `allow` or `deny`: what becomes of the peer's callers that no AccessPolicy speaks of. The cluster's own
+    /// `defaultAccess` unless set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", regex(pattern = "^(allow|deny)$"))]
+    pub default_access: Option<DefaultAccess>,
     /// The peer's roots: makes the peering without an invitation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle: Option<ClusterPeerBundle>,
@@ -141,4 +149,6 @@ pub enum Resource {
     EndpointSlice(Box<EndpointSlice>),
     ServiceExport(Box<ServiceExport>),
     ClusterPeer(Box<ClusterPeer>),
+    /// A route or policy, in the form in which it is decided.
+    Policy(Box<Policy>),
 }

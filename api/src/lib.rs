@@ -6,6 +6,7 @@
 pub mod convert;
 pub mod frame;
 pub mod k8s;
+pub mod policy;
 
 /// Generated code; names and comments are those of the `.proto` files beside this crate.
 pub mod proto {

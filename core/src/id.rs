@@ -265,6 +265,12 @@ impl SpiffeId {
         &self.path
     }
 
+    /// Namespace and service account of a workload's identity (`/ns/<namespace>/sa/<account>`).
+    pub fn as_workload(&self) -> Option<(&str, &str)> {
+        let (namespace, account) = self.path.strip_prefix("/ns/")?.split_once("/sa/")?;
+        (!namespace.contains('/') && !account.contains('/')).then_some((namespace, account))
+    }
+
     /// The role that this identity names, if it is one of tombolo's own.
     pub fn as_role(&self) -> Option<Role> {
         let mut segments = self.path.split('/').skip(1);

@@ -21,6 +21,7 @@ pub mod matching;
 pub mod pattern;
 pub mod rate;
 pub mod route;
+pub mod set;
 pub mod span;
 pub mod table;
 pub mod traffic;

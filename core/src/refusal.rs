@@ -67,6 +67,8 @@ refusals! {
     Overloaded = "overloaded", "a configured limit is reached; see the limits in the documentation";
     /// The bound that the service's owner has set for one caller.
     CircuitOpen = "circuit-open", "as much of this service is under way from here as its circuit breaker allows at once";
+    /// The rate limit of the service's policy.
+    RateLimited = "rate-limited", "the rate limit of the service is reached; see its TrafficPolicy";
     /// A stalled leg was reset to give memory back.
     Stalled = "stalled", "the receiver had stopped reading, and the memory budget for waiting bytes was used up";
     /// The certificate is absent.
@@ -100,7 +102,7 @@ refusals! {
     /// A captured connection that this sidecar made itself.
     CaptureLoop = "capture-loop", "the sidecar's own connections are captured; exclude whom it runs as (`tombolo sidecar capture --exclude-uid`)";
     /// Plaintext where only inner legs may enter.
-    Plaintext = "plaintext", "the connection is no inner leg, and capture.plaintext is strict; the caller needs a sidecar";
+    Plaintext = "plaintext", "the connection is no inner leg, and capture.plaintext is strict or a policy guards the service; the caller needs a sidecar";
     /// The connection ended before an answer.
     ConnectionLost = "connection-lost", "the connection ended before the answer";
 }

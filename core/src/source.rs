@@ -6,12 +6,15 @@ mod reduce;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::id::{ClusterId, EndpointId, InstanceName, ServiceName, SpiffeId};
 use crate::model::{Authority, ServiceKind, ServicePort, SessionAffinity};
+use crate::policy::access::DefaultAccess;
+use crate::policy::set::PolicySet;
 
 pub use reduce::{ENDPOINTS_MAX, PROBLEMS_MAX, Purpose, SERVICES_MAX, Surroundings, reduce};
 
@@ -23,6 +26,10 @@ pub struct LocalState {
     pub peers: BTreeMap<ClusterId, Authority>,
     /// Peerings that are made by a resource alone, with the peer's bundle in it.
     pub declared_peers: BTreeMap<ClusterId, (declared::Place, declared::DeclaredPeer)>,
+    /// Default access of peers that have one of their own.
+    pub peer_access: BTreeMap<ClusterId, DefaultAccess>,
+    /// Routes and policies.
+    pub policies: Arc<PolicySet>,
     /// Exports that are not in force, and why.
     pub refused_exports: BTreeMap<ServiceName, ExportRefused>,
     /// What could not be read; the last good reading of it stays in force.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tombolo_core::addresses::Ranges;
 use tombolo_core::id::{ClusterId, Namespace, TrustDomain};
+use tombolo_core::policy::access::DefaultAccess;
 use tombolo_core::sni::SYSTEM_NAMESPACE;
 use tombolo_runtime::config::{Problem, Validate};
 use tombolo_runtime::logging::LogConfig;
@@ -40,6 +41,9 @@ pub struct Config {
     /// Where the addresses lie that services have in this cluster, on its own machines only.
     #[serde(default)]
     pub virtual_addresses: Ranges,
+    /// What becomes of callers that no AccessPolicy speaks of: `allow` or `deny`.
+    #[serde(default)]
+    pub default_access: DefaultAccess,
     #[serde(default)]
     pub telemetry: TelemetryConfig,
     #[serde(default)]

@@ -21,6 +21,7 @@ use tombolo_api::proto::catalog::TrustBundle;
 use tombolo_core::id::{ClusterId, GatewayId, InstanceName, Position, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::import::Import;
 use tombolo_core::model::{Authority, GatewayAddress};
+use tombolo_core::policy::access::DefaultAccess;
 use tombolo_core::publish::{LOG_COST_MAX, Update};
 use tombolo_core::source::{LocalState, SourceProblem};
 use tombolo_runtime::metrics::Metrics;
@@ -368,6 +369,8 @@ pub struct HubStart {
     /// Keeps what is held of each peer.
     pub store: Store,
     pub metrics: Metrics,
+    /// What becomes of callers that no policy speaks of.
+    pub default_access: DefaultAccess,
     /// What was connected when the last federation with this state ended.
     pub remembered: Remembered,
 }

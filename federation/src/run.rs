@@ -68,6 +68,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
         trust: base.trust.clone(),
         store: base.store.clone(),
         metrics: process.metrics.clone(),
+        default_access: config.default_access,
         remembered: remembered::load(&config.state),
     };
     let (hub, events) = hub::start(start);

@@ -15,6 +15,10 @@ use tokio::task::JoinHandle;
 use tombolo_core::addresses::Ranges;
 use tombolo_core::id::{ClusterId, Role, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::model::{AppProtocol, Authority, ServicePort, Transport};
+use tombolo_core::policy::access::{AccessPolicy, DefaultAccess};
+use tombolo_core::policy::set::{Policy, PolicySet};
+use tombolo_core::policy::traffic::TrafficPolicy;
+use tombolo_core::policy::{Kind, Resource};
 use tombolo_core::source::{LocalService, LocalState};
 use tombolo_leg::dial::{Dialer, Via};
 use tombolo_runtime::drain::{DrainTrigger, DrainWatch, drain};
@@ -82,6 +86,7 @@ impl Federation {
             trust: trust.clone(),
             store: store.clone(),
             metrics: metrics.clone(),
+            default_access: DefaultAccess::Allow,
             remembered: remembered::load(folder.path()),
         };
         let (hub, peering) = hub::start(start);
@@ -169,9 +174,30 @@ impl Federation {
 
     /// Declares these services, all exported, with port 80 and service account `web`.
     pub async fn declare(&self, names: &[&str]) {
+        self.declare_with(names, Vec::new()).await;
+    }
+
+    /// As [`Federation::declare`], with policies.
+    pub async fn declare_with(&self, names: &[&str], policies: Vec<Policy>) {
         let services = names.iter().map(|name| (service(name), self.declared(name)));
-        let state = LocalState { services: services.collect(), ..Default::default() };
+        let policies = Arc::new(PolicySet::new(policies).0);
+        let state = LocalState { services: services.collect(), policies, ..Default::default() };
         self.hub.local_changed(state).await.unwrap();
+    }
+
+    /// An AccessPolicy that allows nobody.
+    pub fn access(&self, name: &str, target: &str) -> Policy {
+        let service = service(target);
+        let resource = Resource::new(Kind::AccessPolicy, service.namespace().clone(), name).unwrap();
+        Policy::Access(Arc::new(AccessPolicy { resource, targets: [service].into(), spec: Default::default() }))
+    }
+
+    /// A TrafficPolicy that changes nothing.
+    pub fn traffic(&self, name: &str, target: &str) -> Policy {
+        let service = service(target);
+        let resource = Resource::new(Kind::TrafficPolicy, service.namespace().clone(), name).unwrap();
+        let (targets, spec) = ([service].into(), Default::default());
+        Policy::Traffic(Arc::new(TrafficPolicy { resource, created: Timestamp::UNIX_EPOCH, targets, spec }))
     }
 
     pub fn declared(&self, name: &str) -> LocalService {

@@ -127,7 +127,11 @@ fn service(name: &str, clusters: &[&str]) -> Tell {
         export: Some(tombolo_api::proto::catalog::Export { service: name.into(), ..Default::default() }),
         ..Default::default()
     };
-    Tell::Service(wire::Service { service: name.into(), shares: clusters.iter().map(share).collect(), numbers: None })
+    Tell::Service(wire::Service {
+        service: name.into(),
+        shares: clusters.iter().map(share).collect(),
+        ..Default::default()
+    })
 }
 
 #[tokio::test]
@@ -150,7 +154,12 @@ async fn a_sidecar_says_everything_again_and_keeps_what_it_knew() {
     assert_eq!(ask(&mut session).await, Ask::Subscribe("shop/web".into()));
     assert!(matches!(ask(&mut session).await, Ask::Bundles(_)));
 
-    let welcome = wire::Welcome { cluster: "east".into(), trust_domain: "east.tombolo".into(), zone: "z1".into() };
+    let welcome = wire::Welcome {
+        cluster: "east".into(),
+        trust_domain: "east.tombolo".into(),
+        zone: "z1".into(),
+        tells_policies: true,
+    };
     tell(&session, Tell::Welcome(welcome)).await;
     bounded(discovery.welcome().wait_for(Option::is_some)).await.unwrap();
     tell(&session, service("shop/web", &["west", "east"])).await;
@@ -158,9 +167,22 @@ async fn a_sidecar_says_everything_again_and_keeps_what_it_knew() {
     bounded(web.updates().wait_for(known)).await.unwrap();
 
     // A message that does not convert changes nothing and is counted.
-    tell(&session, Tell::Service(wire::Service { service: "nonsense".into(), shares: vec![], numbers: None })).await;
+    tell(&session, Tell::Service(wire::Service { service: "nonsense".into(), ..Default::default() })).await;
     bounded(discovery.status().wait_for(|status| status.updates_refused == 1)).await.unwrap();
     assert!(known(&web.now()));
+
+    // Before policies are told nobody may call; one that can't be read leaves those before it in force.
+    let cart = "shop/cart".parse().unwrap();
+    assert_eq!(discovery.inbound_policies(&cart), None);
+    let policy = r#"{"resource": {"kind": "AccessPolicy", "namespace": "shop", "name": "cart"}, "spec": {}}"#;
+    for (kind, json, refused) in [("AccessPolicy", policy, 1), ("AccessPolicy", "{}", 2), ("Newer", "{}", 2)] {
+        let policies = vec![wire::Policy { kind: kind.into(), json: json.into() }];
+        let policies = wire::InboundPolicies { service: "shop/cart".into(), policies, ..Default::default() };
+        tell(&session, Tell::InboundPolicies(policies)).await;
+        bounded(discovery.status().wait_for(|status| status.updates_refused == refused)).await.unwrap();
+        let held = || discovery.inbound_policies(&cart).map_or(9, |policies| policies.access.len());
+        eventually("policies are in force", || held() == usize::from(kind == "AccessPolicy")).await;
+    }
 
     let grant = wire::InboundGrant { service: "shop/cart".into(), clusters: vec!["west".into()] };
     tell(&session, Tell::InboundGrants(wire::InboundGrants { grants: vec![grant] })).await;

@@ -16,9 +16,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tombolo_core::addresses::mesh::{Holder, MeshAddresses, blocks};
 use tombolo_core::addresses::{Number, Ranges};
-use tombolo_core::id::ClusterId;
+use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::model::Origin;
-use tombolo_leg::discovery::{InboundGrants, ServiceState};
+use tombolo_leg::discovery::{InboundGrants, InboundPolicies, ServiceState};
 use tombolo_leg::opaque::reset;
 use tombolo_runtime::process::Process;
 use tombolo_sidecar::capture::config::Plaintext;
@@ -266,6 +266,10 @@ impl Authority for Anybody {
 
     fn grants(&self) -> Arc<InboundGrants> {
         Arc::new([("shop/web".parse().unwrap(), BTreeSet::from(["east".parse().unwrap()]))].into())
+    }
+
+    fn policies(&self, _service: &ServiceName) -> Option<Arc<InboundPolicies>> {
+        Some(Arc::default())
     }
 }
 

@@ -7,7 +7,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,11 +23,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tombolo_core::id::ClusterId;
+use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::model::AppProtocol;
+use tombolo_core::policy::access::{AccessPolicy, DefaultAccess};
+use tombolo_core::policy::rate::RateLimit;
+use tombolo_core::policy::{Kind, Resource};
 use tombolo_core::refusal::Refusal;
 use tombolo_leg::Alpn;
-use tombolo_leg::discovery::InboundGrants;
+use tombolo_leg::discovery::{InboundGrants, InboundPolicies};
 use tombolo_leg::http::upgrade::{IoBody, accept_of, write_body};
 use tombolo_leg::http::{BoxError, HttpLeg, HttpLimits, LegHealth, SendErrorKind, StreamError};
 use tombolo_leg::opaque::{self, Open};
@@ -38,7 +41,11 @@ use tombolo_sidecar::inbound::{Authority, Inbound, run};
 
 struct Fixed {
     grants: InboundGrants,
+    policies: Policies,
 }
+
+/// What federation has told about callers of shop/web.
+type Policies = Arc<Mutex<Option<Arc<InboundPolicies>>>>;
 
 impl Authority for Fixed {
     fn cluster(&self) -> Option<ClusterId> {
@@ -48,6 +55,10 @@ impl Authority for Fixed {
     fn grants(&self) -> Arc<InboundGrants> {
         Arc::new(self.grants.clone())
     }
+
+    fn policies(&self, _service: &ServiceName) -> Option<Arc<InboundPolicies>> {
+        self.policies.lock().unwrap().clone()
+    }
 }
 
 /// A sidecar in west in front of one application, called from east.
@@ -55,6 +66,7 @@ struct Sidecar {
     pair: Pair,
     address: SocketAddr,
     process: Process,
+    policies: Policies,
     drain: Option<DrainTrigger>,
 }
 
@@ -72,11 +84,18 @@ impl Sidecar {
         let (trigger, watch) = drain();
         let process = Process { drain: watch, ..Process::bare("sidecar") };
         let svid = pair.west.svid(SERVER);
-        let inbound = Inbound::new(&services, &process, &svid, &pair.server_trust, Box::new(Fixed { grants }));
+        let policies: Policies = Arc::new(Mutex::new(Some(Arc::default())));
+        let inbound = Inbound::new(
+            &services,
+            &process,
+            &svid,
+            &pair.server_trust,
+            Box::new(Fixed { grants, policies: policies.clone() }),
+        );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(run(listener, inbound));
-        Self { pair, address, process, drain: Some(trigger) }
+        Self { pair, address, process, policies, drain: Some(trigger) }
     }
 
     async fn http(&self) -> HttpLeg {
@@ -397,6 +416,80 @@ async fn opaque_connections_reach_the_application() {
     drop(listener);
     let refused = open(&sidecar, 80).await.unwrap_err();
     assert_eq!((refused.refusal, refused.refused), (Refusal::AppUnreachable, true));
+}
+
+/// Policies for shop/web out of their specs; `deny` is what becomes of those whom none speaks of.
+fn policies(specs: &[&str], default: DefaultAccess) -> Option<Arc<InboundPolicies>> {
+    let access = specs.iter().enumerate().map(|(n, spec)| {
+        let resource = Resource::new(Kind::AccessPolicy, "shop".parse().unwrap(), &format!("p{n}")).unwrap();
+        Arc::new(AccessPolicy { resource, targets: Default::default(), spec: serde_json::from_str(spec).unwrap() })
+    });
+    let mut policies = InboundPolicies { access: access.collect(), ..Default::default() };
+    policies.defaults.cluster = default;
+    Some(Arc::new(policies))
+}
+
+#[tokio::test]
+async fn policies_decide_about_each_request_of_a_leg_that_stands() {
+    let sidecar = Sidecar::before(http1_app().await, AppProtocol::Http).await;
+    let leg = sidecar.http().await;
+    let status = async |path: &str| bounded(leg.send(get(path))).await.unwrap().status().as_u16();
+    let by_path = r#"{"rules": [{"from": [{"serviceAccounts": ["cart"]}], "to": [{"paths": ["/seen"]}]}]}"#;
+    use DefaultAccess::{Allow, Deny};
+    for (specs, default, seen, other) in [
+        (&[][..], Allow, 200, 404),
+        (&[], Deny, 403, 403),
+        (&[r#"{"rules": [{"from": [{"serviceAccounts": ["pay/cart"]}]}]}"#], Allow, 403, 403),
+        (&[by_path], Deny, 200, 403),
+        (&[by_path, r#"{"action": "deny", "rules": [{"from": [{"clusters": ["east"]}]}]}"#], Allow, 403, 403),
+        (&[r#"{"mode": "audit", "rules": []}"#], Allow, 200, 404),
+    ] {
+        *sidecar.policies.lock().unwrap() = policies(specs, default);
+        assert_eq!((status("/seen").await, status("/other").await), (seen, other), "{specs:?}");
+    }
+    assert!(sidecar.refusals(Refusal::IdentityDenied));
+    let audited = "tombolo_inbound_audited_total{cluster=\"east\"} 2";
+    assert!(sidecar.process.metrics.encode().contains(audited), "{}", sidecar.process.metrics.encode());
+
+    *sidecar.policies.lock().unwrap() = policies(&[r#"{"rules": []}"#], Allow);
+    let refused = bounded(leg.send(get("/seen"))).await.unwrap();
+    assert_eq!(refused.headers()["tombolo-refusal"], "identity-denied");
+    let said = text(refused.into_body()).await;
+    assert!(said.contains("not allowed") && !said.contains("shop/p0"), "the caller is not told which policy: {said}");
+    let mut call = get("/shop.Cart/Add");
+    call.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    let refused = bounded(leg.send(call)).await.unwrap();
+    assert_eq!((refused.status(), refused.headers()["grpc-status"].to_str().unwrap()), (StatusCode::OK, "7"));
+
+    // What decides was not told yet: safe to ask elsewhere.
+    *sidecar.policies.lock().unwrap() = None;
+    let error = bounded(leg.send(get("/seen"))).await.unwrap_err();
+    assert!(matches!(error.kind, SendErrorKind::Stream(StreamError::Refused)), "{error}");
+}
+
+#[tokio::test]
+async fn policies_decide_about_opaque_connections_and_rate_limits_answer_429() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let sidecar = Sidecar::before(listener.local_addr().unwrap(), AppProtocol::Opaque).await;
+    *sidecar.policies.lock().unwrap() = policies(&[r#"{"rules": [{"to": [{"paths": ["/"]}]}]}"#], DefaultAccess::Allow);
+    let refused = open(&sidecar, 80).await.unwrap_err();
+    assert_eq!((refused.refusal, refused.refused), (Refusal::IdentityDenied, true));
+    *sidecar.policies.lock().unwrap() = policies(&[r#"{"rules": [{"to": [{"ports": [80]}]}]}"#], DefaultAccess::Allow);
+    open(&sidecar, 80).await.unwrap();
+
+    let sidecar = Sidecar::before(http1_app().await, AppProtocol::Http).await;
+    let rate_limit = Some(RateLimit { requests_per_second: 1, burst: Some(3) });
+    *sidecar.policies.lock().unwrap() = Some(Arc::new(InboundPolicies { rate_limit, ..Default::default() }));
+    let leg = sidecar.http().await;
+    let mut statuses = Vec::new();
+    for _ in 0..5 {
+        let response = bounded(leg.send(get("/seen"))).await.unwrap();
+        assert!(response.status() == StatusCode::OK || response.headers().contains_key("retry-after"));
+        statuses.push(response.status().as_u16());
+    }
+    // A slow machine earns a token meanwhile, hardly two.
+    assert!(statuses.starts_with(&[200, 200, 200]) && statuses.contains(&429), "{statuses:?}");
+    assert!(sidecar.refusals(Refusal::RateLimited));
 }
 
 #[tokio::test]

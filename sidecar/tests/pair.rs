@@ -20,10 +20,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use tombolo_core::id::ClusterId;
+use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::model::{AppProtocol, Origin};
 use tombolo_core::outlier::EjectReason;
-use tombolo_leg::discovery::InboundGrants;
+use tombolo_leg::discovery::{InboundGrants, InboundPolicies};
 use tombolo_leg::http::BoxError;
 use tombolo_runtime::process::Process;
 use tombolo_sidecar::config::ServiceConfig;
@@ -152,6 +152,10 @@ impl Authority for Open {
     fn grants(&self) -> Arc<InboundGrants> {
         let clusters = BTreeSet::from(["east".parse().unwrap(), "west".parse().unwrap()]);
         Arc::new([("shop/web".parse().unwrap(), clusters)].into())
+    }
+
+    fn policies(&self, _service: &ServiceName) -> Option<Arc<InboundPolicies>> {
+        Some(Arc::default())
     }
 }
 

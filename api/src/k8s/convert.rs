@@ -27,6 +27,7 @@ pub fn declared(resource: Resource) -> Result<Object, String> {
         Resource::EndpointSlice(slice) => slice_of(*slice).map(Object::Slice),
         Resource::ServiceExport(export) => export_of(&export).map(Object::Export),
         Resource::ClusterPeer(peer) => peer_of(*peer).map(Object::Peer),
+        Resource::Policy(policy) => Ok(Object::Policy(*policy)),
     }
 }
 
@@ -136,6 +137,7 @@ fn peer_of(peer: ClusterPeer) -> Result<DeclaredPeer, String> {
         cluster: spec.cluster,
         trust_domain: spec.trust_domain,
         authority: Authority { exports: spec.exports, imports: spec.imports },
+        default_access: spec.default_access,
         bundle,
         gateways: spec.gateways,
     })

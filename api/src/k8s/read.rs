@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::{MULTICLUSTER_GROUP, Resource, TOMBOLO_GROUP};
+use super::{MULTICLUSTER_GROUP, Resource, TOMBOLO_GROUP, policy};
 
 /// Documents read from one file.
 pub const DOCUMENTS_MAX: usize = 1_000;
@@ -101,13 +101,16 @@ fn dispatch(raw: &Raw) -> Result<Option<Resource>, Unreadable> {
             Resource::ServiceExport(raw.parse()?)
         }
         ("tombolo.dev/v1alpha1", "ClusterPeer") => Resource::ClusterPeer(raw.parse()?),
+        ("tombolo.dev/v1alpha1", "AccessPolicy") => Resource::Policy(Box::new(policy::access(raw)?)),
+        ("tombolo.dev/v1alpha1", "TrafficPolicy") => Resource::Policy(Box::new(policy::traffic(raw)?)),
         ("v1", "List") => return Err(unreadable("List is not read; write its items as documents of their own".into())),
         // A known kind under another version would otherwise be left out without a word.
-        (_, "Service" | "EndpointSlice" | "ServiceExport" | "ClusterPeer") => {
+        (_, "Service" | "EndpointSlice" | "ServiceExport" | "ClusterPeer" | "AccessPolicy" | "TrafficPolicy") => {
             return Err(unreadable(format!("{kind} is not read as {version}; use {}", version_of(&kind))));
         }
         _ if group == TOMBOLO_GROUP => {
-            return Err(unreadable(format!("{version} has no kind {kind}; it has ClusterPeer")));
+            let known = "ClusterPeer, AccessPolicy and TrafficPolicy";
+            return Err(unreadable(format!("{version} has no kind {kind}; it has {known}")));
         }
         // ServiceImport and whatever the group may gain are written by others.
         _ if group == MULTICLUSTER_GROUP => return Ok(None),
@@ -122,6 +125,18 @@ fn version_of(kind: &str) -> &'static str {
         "EndpointSlice" => "discovery.k8s.io/v1",
         "ServiceExport" => "multicluster.x-k8s.io/v1beta1",
         _ => "tombolo.dev/v1alpha1",
+    }
+}
+
+impl policy::Source for Raw {
+    type Error = Unreadable;
+
+    fn read<T: DeserializeOwned>(&self) -> Result<T, Unreadable> {
+        self.parse()
+    }
+
+    fn refused(&self, reason: String) -> Unreadable {
+        Unreadable { line: self.line, reason }
     }
 }
 

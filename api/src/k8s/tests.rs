@@ -94,6 +94,10 @@ fn refused(text: &str) -> (u32, String) {
 fn what_is_wrong_is_refused_with_line_and_reason() {
     let peer = "apiVersion: tombolo.dev/v1alpha1\nkind: ClusterPeer\nmetadata: {name: w}\nspec:\n  cluster: w\n";
     let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec:\n";
+    let policy = |kind: &str| {
+        format!("apiVersion: tombolo.dev/v1alpha1\nkind: {kind}\nmetadata: {{name: web, namespace: shop}}\nspec:\n")
+    };
+    let (access, traffic) = (policy("AccessPolicy"), policy("TrafficPolicy"));
     let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: s\n";
     let labelled = format!("{slice}  labels: {{kubernetes.io/service-name: web}}\n");
     for (text, line, want) in [
@@ -109,6 +113,37 @@ fn what_is_wrong_is_refused_with_line_and_reason() {
         (format!("{peer}  gateways: ['gw:1']\n"), 1, "ClusterPeer w: spec.gateways needs spec.bundle"),
         (format!("{peer}  bundle: {{roots: x}}\n"), 1, "ClusterPeer w: spec.bundle needs spec.trustDomain"),
         (format!("{peer}  gateways: [gw]\n"), 1, "ClusterPeer w: spec.gateways: \"gw\" is not host:port"),
+        (format!("{peer}  defaultAccess: maybe\n"), 6, "unknown variant `maybe`"),
+        (format!("{access}  action: permit\n"), 5, "unknown variant `permit`"),
+        (format!("{access}  rule: [x]\n"), 1, "AccessPolicy shop/web: spec.rule: is not a field here"),
+        (
+            format!("{access}  rules:\n  - from: [{{namespaces: [a]}}]\n  - to: [{{ports: [1], path: [/]}}]\n"),
+            1,
+            "AccessPolicy shop/web: spec.rules[1].to[0].path: is not a field here",
+        ),
+        (
+            format!("{access}  rules: [{{from: [{{spiffeIds: [x]}}]}}]\n"),
+            1,
+            "AccessPolicy shop/web: spec.rules[0].from[0].spiffeIds[0]",
+        ),
+        (format!("{access}  rules: [{{from: [{{namespaces: [A]}}]}}]\n"), 5, "\"A\" is not a valid namespace"),
+        (
+            format!("{access}  targetRefs: [{{kind: Gateway, name: x}}]\n"),
+            1,
+            "AccessPolicy shop/web: spec.targetRefs[0].kind: \"Gateway\" of group \"\"",
+        ),
+        (
+            format!("{access}  targetRefs: [{{kind: Service, name: X}}]\n"),
+            1,
+            "AccessPolicy shop/web: spec.targetRefs[0].name: ",
+        ),
+        (format!("{access}  targetRefs: [{{kind: Service}}]\n"), 5, "missing field `name`"),
+        (format!("{traffic}  warmLegs: 1\n"), 1, "TrafficPolicy shop/web: spec.targetRefs: name at least one"),
+        (
+            format!("{traffic}  targetRefs: [{{kind: Service, name: web}}]\n  rateLimit: {{requestsPerSecond: 0}}\n"),
+            1,
+            "TrafficPolicy shop/web: spec.rateLimit.requestsPerSecond: 0 is not from 1",
+        ),
         (format!("{service}  ports: [{{port: 0}}]\n"), 1, "Service default/web: port 0 is not from 1 to 65535"),
         (format!("{service}  ports: [{{port: eighty}}]\n"), 5, ""),
         (format!("{service}  type: Magic\n"), 1, "Service default/web: spec.type \"Magic\""),
@@ -190,4 +225,43 @@ proptest! {
     fn a_file_cut_anywhere_makes_it_not_panic(cut in 0..SHOP.len()) {
         let _ = documents(&SHOP[..cut]);
     }
+}
+
+#[test]
+fn policies_are_read_into_the_form_in_which_they_are_decided() {
+    let text = "\
+apiVersion: tombolo.dev/v1alpha1
+kind: AccessPolicy
+metadata: {name: web, namespace: shop, labels: {a: b}}
+spec:
+  targetRefs:
+  - {kind: Service, name: web}
+  - {group: multicluster.x-k8s.io, kind: ServiceImport, name: api}
+  mode: audit
+  rules:
+  - from: [{serviceAccounts: [frontend], namespaces: []}]
+    to: [{methods: [GET], paths: ['/cart*']}]
+---
+apiVersion: tombolo.dev/v1alpha1
+kind: TrafficPolicy
+metadata: {name: web, creationTimestamp: '2026-01-02T03:04:05Z'}
+spec:
+  targetRefs: [{kind: Service, name: web}]
+  rateLimit: {requestsPerSecond: 5}
+";
+    let objects = objects(text);
+    let [(1, Object::Policy(Policy::Access(access))), (13, Object::Policy(Policy::Traffic(traffic)))] =
+        objects.as_slice()
+    else {
+        panic!("{objects:?}")
+    };
+    let targets: Vec<_> = access.targets.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        (access.resource.to_string().as_str(), targets.as_slice()),
+        ("AccessPolicy shop/web", &["shop/api".to_owned(), "shop/web".into()][..])
+    );
+    assert_eq!(access.spec.rules[0].to[0].paths, ["/cart*"]);
+    assert_eq!(traffic.resource.to_string(), "TrafficPolicy default/web");
+    assert_eq!(traffic.created.to_string(), "2026-01-02T03:04:05Z");
+    assert_eq!(traffic.spec.rate_limit.map(|limit| limit.burst()), Some(5));
 }

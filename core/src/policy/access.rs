@@ -245,7 +245,7 @@ impl Rule {
 
 impl Callers {
     fn matches(&self, own: &Namespace, client: Client<'_>) -> bool {
-        let workload = workload(client.id);
+        let workload = client.id.as_workload();
         let account_matches = |wanted: &String| {
             let (namespace, account) = wanted.split_once('/').unwrap_or((own.as_str(), wanted));
             workload == Some((namespace, account))
@@ -256,12 +256,6 @@ impl Callers {
             && (self.clusters.is_empty() || self.clusters.contains(client.cluster))
             && (self.service_accounts.is_empty() || self.service_accounts.iter().any(account_matches))
     }
-}
-
-/// Namespace and account of `/ns/<namespace>/sa/<account>`.
-fn workload(id: &SpiffeId) -> Option<(&str, &str)> {
-    let (namespace, account) = id.path().strip_prefix("/ns/")?.split_once("/sa/")?;
-    (!namespace.contains('/') && !account.contains('/')).then_some((namespace, account))
 }
 
 fn id_matches(pattern: &str, id: &SpiffeId) -> bool {

@@ -22,7 +22,7 @@ const WARM_LEGS_MAX: u32 = 16;
 const SPAN_MAX: Span = Span::from_secs(86_400);
 
 /// One policy, with the services that it is attached to.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TrafficPolicy {
     pub resource: Resource,

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use crate::id::{ClusterId, InstanceName, ServiceName, TrustDomain};
 use crate::model::{Authority, ServicePort, SessionAffinity};
+use crate::policy::access::DefaultAccess;
+use crate::policy::set::Policy;
 
 /// Where an object was written: a file and line, or an object of an API server by kind, namespace and name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,6 +38,7 @@ pub enum Object {
     Slice(DeclaredSlice),
     Export(DeclaredExport),
     Peer(DeclaredPeer),
+    Policy(Policy),
 }
 
 /// What of `Service.spec.type` and `clusterIP` matters to the mesh.
@@ -91,6 +94,8 @@ pub struct DeclaredPeer {
     pub cluster: ClusterId,
     pub trust_domain: Option<TrustDomain>,
     pub authority: Authority,
+    /// What becomes of the peer's callers that no policy speaks of; the cluster's default unless set.
+    pub default_access: Option<DefaultAccess>,
     /// With a bundle the resource makes the peering; without one it only grants.
     pub bundle: Option<DeclaredBundle>,
     /// `host:port` of the peer's gateways.

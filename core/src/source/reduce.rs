@@ -2,6 +2,7 @@
 //! they were read in.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 
@@ -10,6 +11,8 @@ use super::{ExportRefused, LocalEndpoint, LocalService, LocalState, SourceProble
 use crate::id::{ClusterId, EndpointId, ServiceName, SpiffeId, TrustDomain};
 use crate::invitation::PEERS_MAX;
 use crate::model::{ServiceKind, ServicePort};
+use crate::policy::Resource;
+use crate::policy::set::{OF_SERVICE_MAX, POLICIES_MAX, Policy, PolicySet};
 use crate::sni::SYSTEM_NAMESPACE;
 
 /// Endpoints that one service may declare.
@@ -64,9 +67,13 @@ pub fn reduce(mut objects: Vec<Declared>, problems: Vec<SourceProblem>, around: 
     for (name, place) in &sorted.exports {
         reduction.export(place, name, &sorted, &mut services);
     }
+    let policies = reduction.policies(&sorted);
     let peers = reduction.peers(&sorted);
+    let access = |(_, peer): &(Place, DeclaredPeer)| Some((peer.cluster.clone(), peer.default_access?));
     LocalState {
         services,
+        policies: Arc::new(policies),
+        peer_access: peers.iter().filter_map(access).collect(),
         peers: peers.iter().map(|(_, peer)| (peer.cluster.clone(), peer.authority.clone())).collect(),
         declared_peers: peers
             .into_iter()
@@ -96,6 +103,7 @@ struct Sorted<'a> {
     slices: Vec<(&'a Place, &'a DeclaredSlice)>,
     exports: BTreeMap<&'a ServiceName, &'a Place>,
     peers: BTreeMap<&'a ClusterId, (&'a Place, &'a DeclaredPeer)>,
+    policies: BTreeMap<&'a Resource, (&'a Place, &'a Policy)>,
 }
 
 struct Reduction<'a> {
@@ -129,6 +137,7 @@ impl Reduction<'_> {
                 Object::Service(service) => first_of(&mut sorted.services, &service.service, (place, service)),
                 Object::Export(export) => first_of(&mut sorted.exports, &export.service, place),
                 Object::Peer(peer) => first_of(&mut sorted.peers, &peer.cluster, (place, peer)),
+                Object::Policy(policy) => first_of(&mut sorted.policies, policy.resource(), (place, policy)),
                 Object::Slice(slice) => {
                     let first = first_of(&mut slice_names, (&slice.service, slice.name.as_str()), place);
                     if first.is_none() {
@@ -150,7 +159,7 @@ impl Reduction<'_> {
             Object::Service(service) => &service.service,
             Object::Slice(slice) => &slice.service,
             Object::Export(export) => &export.service,
-            Object::Peer(_) => return false,
+            Object::Peer(_) | Object::Policy(_) => return false,
         };
         let reserved = service.namespace().as_str() == SYSTEM_NAMESPACE;
         let is_export = matches!(object, Object::Export(_));
@@ -278,6 +287,21 @@ impl Reduction<'_> {
         self.report(place, reason);
     }
 
+    fn policies(&mut self, sorted: &Sorted<'_>) -> PolicySet {
+        let (set, left_out) = PolicySet::new(sorted.policies.values().map(|(_, policy)| (*policy).clone()).collect());
+        for policy in left_out {
+            let resource = policy.resource();
+            if let Some((place, _)) = sorted.policies.get(resource) {
+                let reason = format!(
+                    "{resource} is left out: there are more than {POLICIES_MAX} routes and policies, or more than \
+                     {OF_SERVICE_MAX} of its kind for one service"
+                );
+                self.report(place, reason);
+            }
+        }
+        set
+    }
+
     fn peers(&mut self, sorted: &Sorted<'_>) -> Vec<(Place, DeclaredPeer)> {
         let mut domains: BTreeMap<&TrustDomain, &ClusterId> = BTreeMap::new();
         let mut peers = Vec::new();
@@ -341,5 +365,9 @@ fn described(object: &Object) -> (&'static str, String) {
         Object::Slice(slice) => ("EndpointSlice", slice.name.clone()),
         Object::Export(export) => ("ServiceExport", export.service.to_string()),
         Object::Peer(peer) => ("ClusterPeer", peer.cluster.to_string()),
+        Object::Policy(policy) => {
+            let Resource { kind, namespace, name, .. } = policy.resource();
+            (kind.as_str(), format!("{namespace}/{name}"))
+        }
     }
 }

@@ -54,6 +54,7 @@ fn peer(cluster: &str, domain: Option<&str>) -> DeclaredPeer {
         cluster: cluster.parse().unwrap(),
         trust_domain: domain.map(|domain| domain.parse().unwrap()),
         authority: Authority { exports: vec![ServiceSelector::All], imports: vec![] },
+        default_access: None,
         bundle: None,
         gateways: vec![],
     }
@@ -260,4 +261,28 @@ fn of_a_whole_clusters_objects_only_what_is_exported_is_reported() {
 fn an_object_without_lines_is_named_alone() {
     assert_eq!(Place { file: "web.yaml".into(), line: 3 }.to_string(), "web.yaml:3");
     assert_eq!(Place { file: "Service/shop/web".into(), line: 0 }.to_string(), "Service/shop/web");
+}
+
+#[test]
+fn a_policy_of_a_name_counts_once_and_a_peer_may_have_an_access_of_its_own() {
+    use crate::policy::access::{AccessPolicy, AccessSpec, DefaultAccess};
+    use crate::policy::{Kind, Resource, set::Policy};
+    let policy = |target: &str| {
+        let resource = Resource::new(Kind::AccessPolicy, "shop".parse().unwrap(), "web").unwrap();
+        let (targets, spec) = ([name(target)].into(), AccessSpec::default());
+        Object::Policy(Policy::Access(Arc::new(AccessPolicy { resource, targets, spec })))
+    };
+    let west = DeclaredPeer { default_access: Some(DefaultAccess::Deny), ..peer("west", None) };
+    let objects = vec![
+        at("b.yaml", 1, policy("shop/api")),
+        at("a.yaml", 7, policy("shop/web")),
+        at("p.yaml", 1, Object::Peer(west)),
+        at("q.yaml", 1, Object::Peer(peer("north", None))),
+    ];
+    let state = reduced(objects);
+    assert_eq!((state.policies.len(), state.policies.delivered(&name("shop/web")).len()), (1, 1));
+    assert_eq!(state.peer_access, [("west".parse().unwrap(), DefaultAccess::Deny)].into());
+    let problem = &state.problems[0];
+    assert_eq!((problem.file.as_str(), problem.line), ("b.yaml", 1));
+    assert!(problem.reason.starts_with("AccessPolicy shop/web is defined in a.yaml:7 already"), "{problem:?}");
 }

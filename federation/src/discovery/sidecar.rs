@@ -5,11 +5,14 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tombolo_api::convert::{InvalidMessage, name, port};
+use tombolo_api::policy::policies_to_wire;
 use tombolo_api::proto::discovery as proto;
 use tombolo_api::proto::discovery::sidecar_request::Kind as Asked;
 use tombolo_api::proto::discovery::sidecar_update::Kind;
 use tombolo_core::catalog::ServiceView;
-use tombolo_core::id::{ClusterId, ServiceName, SpiffeId};
+use tombolo_core::id::{ClusterId, Namespace, ServiceName, SpiffeId};
+use tombolo_core::policy::access::Defaults;
+use tombolo_core::policy::set::{Policy, PolicySet};
 use tombolo_core::refusal::Refusal;
 use tombolo_runtime::drain::DrainWatch;
 use tombolo_runtime::metrics::Refusals;
@@ -45,6 +48,9 @@ struct Told {
     grants: Option<proto::InboundGrants>,
     registrations: BTreeMap<(String, u32), proto::RegistrationResult>,
     addresses: Option<Arc<Addresses>>,
+    policies: Option<(Arc<PolicySet>, Arc<Defaults>)>,
+    /// What decides about callers, for each registered service.
+    inbound: BTreeMap<ServiceName, proto::InboundPolicies>,
     /// Every subscription: the view that was sent, or that it is unknown.
     services: BTreeMap<ServiceName, Option<Known>>,
 }
@@ -52,30 +58,33 @@ struct Told {
 #[derive(Clone)]
 enum Known {
     Unknown,
-    View(Arc<ServiceView>, proto::ServiceNumbers),
+    View(Arc<ServiceView>, proto::ServiceNumbers, Vec<Policy>),
 }
 
 impl Known {
-    fn of(view: &View, service: &ServiceName) -> Self {
+    fn of(view: &View, service: &ServiceName, caller: Option<&Namespace>) -> Self {
         let known = view.services.get(service).filter(|view| !view.shares.is_empty());
-        known
-            .map_or(Known::Unknown, |known| Known::View(known.clone(), wire::numbers(known, view.addresses.as_deref())))
+        let Some(known) = known else { return Known::Unknown };
+        let policies = caller.map(|caller| view.policies.used(service, caller)).unwrap_or_default();
+        Known::View(known.clone(), wire::numbers(known, view.addresses.as_deref()), policies)
     }
 
     fn is(&self, other: &Known) -> bool {
         match (self, other) {
             (Known::Unknown, Known::Unknown) => true,
-            (Known::View(a, numbers), Known::View(b, others)) => Arc::ptr_eq(a, b) && numbers == others,
+            (Known::View(a, numbers, policies), Known::View(b, others, told)) => {
+                Arc::ptr_eq(a, b) && numbers == others && policies == told
+            }
             _ => false,
         }
     }
 
-    /// Whether it is what `view` says, as far as can be seen without looking numbers up.
+    /// Whether it is what `view` says, as far as can be seen without looking numbers and policies up.
     fn is_of(&self, view: &View, service: &ServiceName) -> bool {
         let known = view.services.get(service).filter(|view| !view.shares.is_empty());
         match (self, known) {
             (Known::Unknown, None) => true,
-            (Known::View(told, _), Some(known)) => Arc::ptr_eq(told, known),
+            (Known::View(told, ..), Some(known)) => Arc::ptr_eq(told, known),
             _ => false,
         }
     }
@@ -109,6 +118,7 @@ impl SidecarStream {
             cluster: view.cluster.to_string(),
             trust_domain: view.trust_domain.to_string(),
             zone: zone.unwrap_or_default(),
+            tells_policies: true,
         };
         let stream = Self {
             hub: service.hub.clone(),
@@ -212,13 +222,18 @@ impl SidecarStream {
             self.told.gateways = Some(gateways.clone());
             self.send(Kind::Gateways(gateways)).await?;
         }
+        let repoliced = self.told.policies.as_ref().is_none_or(|(policies, access)| {
+            !Arc::ptr_eq(policies, &view.policies) || !Arc::ptr_eq(access, &view.access)
+        });
+        self.told.policies = Some((view.policies.clone(), view.access.clone()));
+        self.tell_inbound_policies(&view, repoliced).await?;
         self.tell_registrations(&view).await?;
         let addresses = view.addresses.as_ref();
         let renumbered = self.told.addresses.as_ref().map(Arc::as_ptr) != addresses.map(Arc::as_ptr);
         if let Some(addresses) = addresses.filter(|_| renumbered) {
             self.tell_addresses(addresses).await?;
         }
-        self.tell_services(&view, renumbered).await
+        self.tell_services(&view, renumbered || repoliced).await
     }
 
     /// The set of mesh addresses: the blocks that differ, and then which there are.
@@ -238,6 +253,24 @@ impl SidecarStream {
         if before.is_none_or(|before| !before.keys().eq(addresses.blocks.keys())) {
             let blocks = addresses.blocks.keys().copied().collect();
             self.send(Kind::AddressesComplete(proto::AddressesComplete { blocks })).await?;
+        }
+        Ok(())
+    }
+
+    /// Before the registrations: nobody is to be served without what decides about callers.
+    async fn tell_inbound_policies(&mut self, view: &View, repoliced: bool) -> Result<(), Ended> {
+        let Some(own) = view.sidecars.get(&self.session) else { return Ok(()) };
+        self.told.inbound.retain(|service, _| own.inbound_grants.contains_key(service));
+        for service in own.inbound_grants.keys() {
+            let told = self.told.inbound.get(service);
+            if told.is_some() && !repoliced {
+                continue;
+            }
+            let policies = wire::inbound_policies(view, service);
+            if told != Some(&policies) {
+                self.told.inbound.insert(service.clone(), policies.clone());
+                self.send(Kind::InboundPolicies(policies)).await?;
+            }
         }
         Ok(())
     }
@@ -273,10 +306,11 @@ impl SidecarStream {
         Ok(())
     }
 
-    async fn tell_services(&mut self, view: &View, renumbered: bool) -> Result<(), Ended> {
+    async fn tell_services(&mut self, view: &View, anew: bool) -> Result<(), Ended> {
+        let caller = self.id.as_workload().and_then(|(namespace, _)| namespace.parse::<Namespace>().ok());
         let news: Vec<(ServiceName, Known)> = (self.told.services.iter())
-            .filter(|(service, told)| renumbered || !told.as_ref().is_some_and(|told| told.is_of(view, service)))
-            .map(|(service, told)| (service, told, Known::of(view, service)))
+            .filter(|(service, told)| anew || !told.as_ref().is_some_and(|told| told.is_of(view, service)))
+            .map(|(service, told)| (service, told, Known::of(view, service, caller.as_ref())))
             .filter(|(_, told, known)| !told.as_ref().is_some_and(|told| told.is(known)))
             .map(|(service, _, known)| (service.clone(), known))
             .collect();
@@ -284,7 +318,10 @@ impl SidecarStream {
             self.told.services.insert(service.clone(), Some(known.clone()));
             match known {
                 Known::Unknown => self.send(Kind::ServiceUnknown(service.to_string())).await?,
-                Known::View(view, numbers) => self.send(Kind::Service(wire::service(&view, numbers))).await?,
+                Known::View(view, numbers, policies) => {
+                    let policies = policies_to_wire(&policies);
+                    self.send(Kind::Service(proto::Service { policies, ..wire::service(&view, numbers) })).await?;
+                }
             }
         }
         Ok(())

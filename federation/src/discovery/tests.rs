@@ -86,6 +86,45 @@ impl Sidecar {
     }
 }
 
+/// The name of each policy of a message.
+fn policy_names(policies: Vec<proto::Policy>) -> Vec<String> {
+    let policies = tombolo_api::policy::policies_from_wire(policies).unwrap();
+    policies.iter().map(|policy| policy.resource().name.clone()).collect()
+}
+
+#[tokio::test]
+async fn a_sidecar_is_told_what_decides_before_it_is_registered_and_whenever_that_changes() {
+    let (east, address) = east().await;
+    let inbound = |kind| match kind {
+        sidecar_update::Kind::InboundPolicies(told) => Some(told),
+        sidecar_update::Kind::Registration(result) => panic!("registered before policies were told: {result:?}"),
+        _ => None,
+    };
+    east.declare_with(&["shop/web"], vec![east.access("first", "shop/web"), east.access("other", "shop/api")]).await;
+    let web = east.web(&service("shop/web"));
+    let mut server = Sidecar::connect(channel(&east, address, &web), "web-1").await.unwrap();
+    server.register("shop/web", true).await;
+    let told = server.next(inbound).await;
+    assert_eq!((told.service.as_str(), told.deny_by_default), ("shop/web", false));
+    assert_eq!(policy_names(told.policies), ["first"]);
+    let mut client = Sidecar::connect(channel(&east, address, &web), "client").await.unwrap();
+    client.say(sidecar_request::Kind::Subscribe("shop/web".into())).await;
+    assert_eq!(policy_names(client.next_service().await.policies), Vec::<String>::new());
+
+    let again = |kind| match kind {
+        sidecar_update::Kind::InboundPolicies(told) => Some(told.policies),
+        _ => None,
+    };
+    // What does not concern the service is no news to its server.
+    east.declare_with(&["shop/web"], vec![east.access("first", "shop/web"), east.access("newer", "shop/api")]).await;
+    east.declare_with(&["shop/web"], vec![east.access("second", "shop/web"), east.traffic("slow", "shop/web")]).await;
+    assert_eq!(policy_names(server.next(again).await), ["second", "slow"]);
+    assert_eq!(policy_names(client.next_service().await.policies), ["slow"]);
+    east.declare(&["shop/web"]).await;
+    assert_eq!(policy_names(server.next(again).await), Vec::<String>::new());
+    assert_eq!(policy_names(client.next_service().await.policies), Vec::<String>::new());
+}
+
 #[tokio::test]
 async fn a_sidecar_registers_and_another_learns_where() {
     let (east, address) = east().await;

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use tombolo_api::convert::{InvalidMessage, name, port};
+use tombolo_api::policy::{defaults_to_wire, policies_to_wire};
 use tombolo_api::proto::discovery as proto;
 use tombolo_core::addresses::Ranges;
 use tombolo_core::addresses::allocation::owners;
 use tombolo_core::addresses::mesh::Block;
 use tombolo_core::catalog::ServiceView;
-use tombolo_core::id::TrustDomain;
+use tombolo_core::id::{ServiceName, TrustDomain};
 use tombolo_core::model::{Freshness, Origin, Transport};
 
 use crate::addresses::Addresses;
@@ -65,7 +66,14 @@ pub(super) fn service(view: &ServiceView, numbers: proto::ServiceNumbers) -> pro
         deliveries: if share.origin == Origin::Local { deliveries().collect() } else { Vec::new() },
     };
     let shares = view.shares.iter().map(share).collect();
-    proto::Service { service: view.service.to_string(), shares, numbers: Some(numbers) }
+    proto::Service { service: view.service.to_string(), shares, numbers: Some(numbers), policies: Vec::new() }
+}
+
+/// What decides about callers of a service that is registered.
+pub(super) fn inbound_policies(view: &View, service: &ServiceName) -> proto::InboundPolicies {
+    let (deny_by_default, deny_by_default_of) = defaults_to_wire(&view.access);
+    let policies = policies_to_wire(&view.policies.delivered(service));
+    proto::InboundPolicies { service: service.to_string(), policies, deny_by_default, deny_by_default_of }
 }
 
 /// The numbers of a service, or of its endpoints, as far as they have any.

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use tombolo_core::catalog::Catalog;
 use tombolo_core::id::{ClusterId, GatewayId, SpiffeId, TrustDomain};
 use tombolo_core::model::GatewayAddress;
+use tombolo_core::policy::access::{DefaultAccess, Defaults};
 use tombolo_core::publish::{Published, Revocations};
 use tombolo_core::registration;
 use tombolo_core::source::{LocalState, SourceProblem};
@@ -92,12 +93,13 @@ pub(super) struct State {
     gateways: BTreeMap<GatewayId, Gateway>,
     bundles_in_force: BTreeMap<SessionId, BTreeMap<TrustDomain, u64>>,
     addresses: Option<Arc<Addresses>>,
+    default_access: DefaultAccess,
     view: Arc<View>,
 }
 
 impl State {
     pub(super) fn new(start: HubStart, log_cost_max: usize, now: Instant) -> Self {
-        let HubStart { cluster, trust_domain, bundle, trust, store, metrics, remembered } = start;
+        let HubStart { cluster, trust_domain, bundle, trust, store, metrics, default_access, remembered } = start;
         let epoch = store.epoch();
         let view = View {
             generation: 0,
@@ -105,6 +107,8 @@ impl State {
             trust_domain,
             epoch,
             services: Arc::default(),
+            policies: Arc::default(),
+            access: Arc::default(),
             addresses: None,
             peers: Arc::default(),
             gateways: Arc::default(),
@@ -135,6 +139,7 @@ impl State {
             gateways: BTreeMap::new(),
             bundles_in_force: BTreeMap::new(),
             addresses: None,
+            default_access,
             view: Arc::new(view),
         };
         state.restore(remembered, now + RESTART_GRACE);
@@ -422,6 +427,7 @@ impl State {
         } else {
             Arc::new(trust.revoked().clone())
         };
+        let access = Defaults { cluster: self.default_access, peers: self.local.peer_access.clone() };
         let remembered = if seen { Arc::new(self.remembered()) } else { before.remembered.clone() };
         View {
             remembered,
@@ -430,6 +436,12 @@ impl State {
             gateways: Arc::new(self.gateway_views(now)),
             sidecars: if seen { Arc::new(self.sidecar_views(&services)) } else { before.sidecars.clone() },
             services,
+            policies: if *before.policies == *self.local.policies {
+                before.policies.clone()
+            } else {
+                self.local.policies.clone()
+            },
+            access: if *before.access == access { before.access.clone() } else { Arc::new(access) },
             addresses: self.addresses.clone(),
             bundles: kept(bundles.collect()),
             revoked,

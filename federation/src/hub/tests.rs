@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use tempfile::TempDir;
 use tombolo_core::freshness::SILENCE_MAX;
 use tombolo_core::model::Freshness;
+use tombolo_core::policy::access::DefaultAccess;
 use tombolo_core::publish::{Change, Update};
 use tombolo_trust::ca::CertificateAuthority;
 
@@ -38,6 +39,7 @@ impl Subject {
             trust: TrustStore::new(),
             store: Store::open(folders[0].path(), &cluster("east"), &domains[0], Timestamp::now()).unwrap(),
             metrics: Metrics::new("test"),
+            default_access: DefaultAccess::Allow,
             remembered: Remembered::default(),
         };
         let record = PeerRecord {

@@ -7,6 +7,8 @@ use std::time::Instant;
 use tombolo_core::catalog::ServiceView;
 use tombolo_core::id::{ClusterId, GatewayId, InstanceName, Position, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::model::{Authority, Freshness, GatewayAddress};
+use tombolo_core::policy::access::Defaults;
+use tombolo_core::policy::set::PolicySet;
 use tombolo_core::source::SourceProblem;
 use tombolo_trust::bundle::Bundle;
 
@@ -113,6 +115,10 @@ pub struct View {
     pub epoch: u64,
     /// A service without shares is one that is exported to here but left out by the import grants.
     pub services: Arc<BTreeMap<ServiceName, Arc<ServiceView>>>,
+    /// Routes and policies of the source. Keeps its allocation while nothing of them changes.
+    pub policies: Arc<PolicySet>,
+    /// What becomes of callers that no policy speaks of.
+    pub access: Arc<Defaults>,
     /// Virtual addresses, all of them durable. `None` until the first were allocated.
     pub addresses: Option<Arc<Addresses>>,
     pub peers: Arc<BTreeMap<ClusterId, Arc<PeerView>>>,

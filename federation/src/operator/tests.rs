@@ -6,6 +6,7 @@ use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::sync::oneshot;
 use tombolo_api::proto::operator::operator_client::OperatorClient;
+use tombolo_core::policy::access::DefaultAccess;
 use tombolo_runtime::metrics::Metrics;
 use tombolo_trust::store::TrustStore;
 use tonic::transport::{Channel, Endpoint};
@@ -48,6 +49,7 @@ impl Running {
             trust: TrustStore::new(),
             store: store.clone(),
             metrics: Metrics::new("federation"),
+            default_access: DefaultAccess::Allow,
             remembered: Default::default(),
         };
         let (hub, events) = hub::start(start);

@@ -480,6 +480,7 @@ async fn a_declared_peer_that_is_not_made_is_a_problem_until_the_cause_is_gone()
         cluster: cluster.parse().unwrap(),
         trust_domain: Some(domain.parse().unwrap()),
         authority: grants("shop"),
+        default_access: None,
         bundle: Some(bundle),
         gateways: vec!["north.example:15443".into()],
     };
@@ -523,6 +524,7 @@ async fn a_resource_with_a_bundle_peers_and_its_removal_ends_that() {
         cluster: "west".parse().unwrap(),
         trust_domain: Some("west.tombolo".parse().unwrap()),
         authority: grants("shop"),
+        default_access: None,
         bundle: Some(bundle),
         gateways: vec!["west.example:15443".into()],
     };

@@ -40,6 +40,7 @@ pub(super) enum Subject {
     Bundles,
     Snapshot,
     Gateways,
+    InboundPolicies(String),
     Grants,
     AddressRanges,
     AddressBlock(u32),

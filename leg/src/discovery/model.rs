@@ -2,14 +2,19 @@
 //! and what was known before stays in force.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use tombolo_api::convert::{InvalidMessage, name, port};
+use tombolo_api::policy::{defaults_from_wire, policies_from_wire};
 use tombolo_api::proto::discovery as wire;
 use tombolo_core::addresses::mesh::Block;
 use tombolo_core::addresses::{Number, Ranges};
 use tombolo_core::id::{ClusterId, EndpointId, GatewayId, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::liveness::Reach;
 use tombolo_core::model::{ClusterShare, Export, Freshness, GatewayAddress, Origin};
+use tombolo_core::policy::access::{AccessPolicy, Defaults};
+use tombolo_core::policy::rate::RateLimit;
+use tombolo_core::policy::set::{Policy, leading};
 
 /// Largest number of entries that any one list of a message may have.
 const LIST_MAX: usize = 100_000;
@@ -30,7 +35,7 @@ pub enum ServiceState {
     Waiting,
     /// No cluster exports it to here, and the own cluster has none of that name.
     Unknown,
-    Known(std::sync::Arc<ServiceView>),
+    Known(Arc<ServiceView>),
 }
 
 /// One service as every cluster that exports it to here describes it, this one included.
@@ -40,6 +45,8 @@ pub struct ServiceView {
     /// In the order of cluster ids.
     pub shares: Vec<ShareView>,
     pub numbers: ServiceNumbers,
+    /// Routes and traffic policies that speak of this sidecar's requests to it.
+    pub policies: Vec<Policy>,
 }
 
 /// What the virtual addresses of a service are made of.
@@ -94,6 +101,29 @@ pub enum RegistrationVerdict {
 
 /// Which clusters may call what is registered here; the own cluster always may.
 pub type InboundGrants = BTreeMap<ServiceName, BTreeSet<ClusterId>>;
+
+/// What decides about callers of one service that is registered here.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct InboundPolicies {
+    pub access: Vec<Arc<AccessPolicy>>,
+    pub defaults: Defaults,
+    pub rate_limit: Option<RateLimit>,
+}
+
+/// What was told of each registered service's callers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct ToldPolicies {
+    /// The federation is of a release that knows no policies, so that there are none.
+    pub unknown_there: bool,
+    pub services: BTreeMap<ServiceName, Arc<InboundPolicies>>,
+}
+
+impl ToldPolicies {
+    pub fn of(&self, service: &ServiceName) -> Option<Arc<InboundPolicies>> {
+        let told = self.services.get(service).cloned();
+        told.or_else(|| self.unknown_there.then(Arc::default))
+    }
+}
 
 /// Who a gateway belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -190,7 +220,7 @@ impl TryFrom<wire::Service> for ServiceView {
             .collect::<Result<_, _>>()?;
         shares.sort_by(|a, b| a.share.cluster.cmp(&b.share.cluster));
         let numbers = service_numbers(wire.numbers.unwrap_or_default())?;
-        Ok(Self { service, shares, numbers })
+        Ok(Self { service, shares, numbers, policies: policies_from_wire(wire.policies)? })
     }
 }
 
@@ -254,6 +284,21 @@ pub(super) fn inbound_grants(wire: wire::InboundGrants) -> Result<InboundGrants,
         .into_iter()
         .map(|grant| Ok((name("service", &grant.service)?, clusters(&grant.clusters)?)))
         .collect()
+}
+
+pub(super) fn inbound_policies(wire: wire::InboundPolicies) -> Result<(ServiceName, InboundPolicies), InvalidMessage> {
+    let service = name("service", &wire.service)?;
+    let policies = policies_from_wire(wire.policies)?;
+    let access = policies.iter().filter_map(|policy| match policy {
+        Policy::Access(policy) => Some(policy.clone()),
+        Policy::Route(_) | Policy::Traffic(_) => None,
+    });
+    let told = InboundPolicies {
+        access: access.collect(),
+        defaults: defaults_from_wire(wire.deny_by_default, wire.deny_by_default_of)?,
+        rate_limit: leading(&policies).and_then(|policy| policy.spec.rate_limit),
+    };
+    Ok((service, told))
 }
 
 pub(super) fn registration_result(

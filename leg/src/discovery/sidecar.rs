@@ -20,8 +20,9 @@ use wire::sidecar_update::Kind as Update;
 use super::link::{self, Federation, LinkStatus, Side};
 use super::memory::{Keep, Memory, Subject, recall};
 use super::model::{
-    InboundGrants, LocalGateway, Registration, RegistrationVerdict, ServiceState, ServiceView, Welcome, address_block,
-    address_ranges, inbound_grants, local_gateways, registration_result, registration_to_wire, revoked,
+    InboundGrants, InboundPolicies, LocalGateway, Registration, RegistrationVerdict, ServiceState, ServiceView,
+    ToldPolicies, Welcome, address_block, address_ranges, inbound_grants, inbound_policies, local_gateways,
+    registration_result, registration_to_wire, revoked,
 };
 
 /// Services that one sidecar may be subscribed to at once.
@@ -62,6 +63,7 @@ struct State {
     gateways: watch::Sender<Arc<Vec<LocalGateway>>>,
     verdicts: watch::Sender<Arc<Verdicts>>,
     grants: ArcSwap<InboundGrants>,
+    policies: ArcSwap<ToldPolicies>,
     addresses: watch::Sender<MeshAddresses>,
     memory: Option<Memory>,
     /// Services that the process before knew, for as long as federation has not answered this one.
@@ -110,6 +112,7 @@ impl SidecarDiscovery {
             gateways: watch::Sender::default(),
             verdicts: watch::Sender::default(),
             grants: ArcSwap::default(),
+            policies: ArcSwap::default(),
             addresses: watch::Sender::default(),
             memory: federation.memory.clone().map(Memory::new),
             remembered: Mutex::default(),
@@ -183,6 +186,12 @@ impl SidecarDiscovery {
     /// Which clusters may call what is registered here, as of now.
     pub fn grants(&self) -> arc_swap::Guard<Arc<InboundGrants>> {
         self.state.grants.load()
+    }
+
+    /// What decides about callers of a service that is registered here, as of now. `None` before it was told:
+    /// nobody may call then.
+    pub fn inbound_policies(&self, service: &ServiceName) -> Option<Arc<InboundPolicies>> {
+        self.state.policies.load().of(service)
     }
 
     /// Every virtual address of the mesh, as far as it was told; what is there is cheap to clone.
@@ -361,6 +370,8 @@ impl Side for State {
             Update::Welcome(welcome) => {
                 // It answers: whatever is asked for from now on, it knows better.
                 self.remembered().clear();
+                self.policies
+                    .rcu(|told| ToldPolicies { unknown_there: !welcome.tells_policies, ..ToldPolicies::clone(told) });
                 self.welcome.send_replace(Some(welcome.try_into().map_err(refused)?));
             }
             Update::Bundles(bundles) => {
@@ -384,6 +395,15 @@ impl Side for State {
                     Arc::make_mut(verdicts).insert(key, verdict);
                 });
             }
+            Update::InboundPolicies(policies) => {
+                let (service, policies) = inbound_policies(policies).map_err(refused)?;
+                let policies = Arc::new(policies);
+                self.policies.rcu(|told| {
+                    let mut told = ToldPolicies::clone(told);
+                    told.services.insert(service.clone(), policies.clone());
+                    told
+                });
+            }
             Update::InboundGrants(grants) => {
                 self.grants.store(Arc::new(inbound_grants(grants).map_err(refused)?));
             }
@@ -401,6 +421,7 @@ impl Side for State {
             Some(Update::Revoked(_)) => Keep::Latest(Subject::Revoked),
             Some(Update::Bundles(_)) => Keep::Latest(Subject::Bundles),
             Some(Update::Gateways(_)) => Keep::Latest(Subject::Gateways),
+            Some(Update::InboundPolicies(told)) => Keep::Latest(Subject::InboundPolicies(told.service.clone())),
             Some(Update::InboundGrants(_)) => Keep::Latest(Subject::Grants),
             Some(Update::AddressRanges(_)) => Keep::Latest(Subject::AddressRanges),
             Some(Update::AddressBlock(block)) => Keep::Latest(Subject::AddressBlock(block.block)),
@@ -427,6 +448,9 @@ impl Side for State {
         match subject {
             Subject::Service(service) => {
                 service.parse().is_ok_and(|service: ServiceName| self.wanted().services.contains_key(&service))
+            }
+            Subject::InboundPolicies(service) => {
+                self.wanted().registrations.keys().any(|(registered, _)| registered.to_string() == *service)
             }
             Subject::AddressBlock(block) => self.addresses.borrow().has_block(*block),
             _ => true,

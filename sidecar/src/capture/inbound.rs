@@ -134,6 +134,8 @@ impl Captured for CapturedInbound {
         };
         match self.plaintext {
             Plaintext::Strict => self.strict(connection).await,
+            // Plaintext has no identity that a policy could allow.
+            Plaintext::Permissive if self.inbound.is_guarded(origin.port()) => self.strict(connection).await,
             Plaintext::Permissive => self.permissive(connection, peer, origin).await,
         }
     }

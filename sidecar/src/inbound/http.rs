@@ -18,6 +18,7 @@ use tombolo_leg::http::{Abandon, BoxError, ContinueSignal, RecvBody, headers};
 use tombolo_runtime::telemetry::{Kind, Span};
 
 use super::Inbound;
+use super::access::asked;
 use super::app::{App, AppBody, AppError};
 use crate::outbound::refuse::Refused;
 use crate::probe;
@@ -40,14 +41,23 @@ pub(super) async fn handle(
     let leg = request.extensions().get::<Arc<LegIdentity>>().expect("every request of a leg carries it").clone();
     let mut span = begin_span(&inbound, &request, &leg);
     let cluster = leg.client_cluster.as_str();
-    let app = match inbound.authorize(&leg) {
+    // Whether the application is at work may be asked by whoever may know of the service at all.
+    let is_question = probe::is_question(&request);
+    let admitted = if is_question { inbound.authorize(&leg) } else { inbound.admit(&leg, Some(asked(&request))) };
+    let app = match admitted {
         Ok(app) => app.clone(),
+        Err(refusal @ Refusal::EndpointGone) => {
+            inbound.observed.request(cluster, "unreachable");
+            inbound.observed.refused(refusal);
+            span.error(refusal);
+            return Err(Abandon::NeverReachedApp(refusal));
+        }
         Err(refusal) => {
             inbound.observed.request(cluster, "refused");
             return Ok(refuse(&inbound, refusal, &leg, request.headers(), &mut span));
         }
     };
-    if probe::is_question(&request) {
+    if is_question {
         return answer_probe(&inbound, &app).await;
     }
     match forward(&inbound, &app, request, &leg, &span).await {

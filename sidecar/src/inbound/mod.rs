@@ -2,12 +2,14 @@
 //!
 //! - [`run`] accepts legs; each client is authorized at each request and each opaque connection
 //!   (`tombolo_core::authz`), against what federation grants at that moment.
+//! - `access` asks the policies that select the service (`tombolo_core::policy::access`), for each as well.
 //! - [`http`] carries requests to the application, [`opaque`] bytes; [`app`] holds the connections to it.
 //!
 //! Limits: a request's header section is at most 64 KiB (`tombolo_leg::http::HEADERS_MAX`), a response's as much and
 //! at most [`app::RESPONSE_HEADERS_MAX`] fields; [`LEGS_MAX`] legs at once; requests and connections per application
 //! [`app::IN_USE_MAX`].
 
+mod access;
 pub mod app;
 pub mod http;
 mod observe;
@@ -27,7 +29,7 @@ use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::refusal::Refusal;
 use tombolo_leg::Alpn;
 use tombolo_leg::accept::{AcceptError, AcceptedLeg, Acceptor, LegIdentity};
-use tombolo_leg::discovery::{InboundGrants, SidecarDiscovery, Welcome};
+use tombolo_leg::discovery::{InboundGrants, InboundPolicies, SidecarDiscovery, Welcome};
 use tombolo_leg::http::{HttpLimits, Serve, serve};
 use tombolo_runtime::drain::DrainWatch;
 use tombolo_runtime::process::Process;
@@ -37,6 +39,7 @@ use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 
 use crate::config::ServiceConfig;
+use access::Buckets;
 use app::App;
 use observe::{Counted, Observed};
 
@@ -52,6 +55,8 @@ pub trait Authority: Send + Sync + 'static {
     /// `None` before federation was met for the first time: nobody may call then.
     fn cluster(&self) -> Option<ClusterId>;
     fn grants(&self) -> Arc<InboundGrants>;
+    /// `None` before federation has told what decides about the service's callers: nobody may call then.
+    fn policies(&self, service: &ServiceName) -> Option<Arc<InboundPolicies>>;
 }
 
 /// What discovery says.
@@ -75,6 +80,10 @@ impl Authority for Discovered {
     fn grants(&self) -> Arc<InboundGrants> {
         self.discovery.grants().clone()
     }
+
+    fn policies(&self, service: &ServiceName) -> Option<Arc<InboundPolicies>> {
+        self.discovery.inbound_policies(service)
+    }
 }
 
 /// Everything that the inbound side's tasks share.
@@ -85,6 +94,9 @@ pub struct Inbound {
     authority: Box<dyn Authority>,
     ports: BTreeSet<(ServiceName, u16)>,
     apps: BTreeMap<(ServiceName, u16), Arc<App>>,
+    /// By the port of the application.
+    app_ports: Vec<(u16, ServiceName)>,
+    buckets: Buckets,
     legs: Arc<Semaphore>,
     observed: Observed,
     tracer: Tracer,
@@ -112,6 +124,8 @@ impl Inbound {
             authority,
             ports: apps.keys().cloned().collect(),
             apps,
+            app_ports: services.iter().filter_map(app_port).collect(),
+            buckets: Buckets::new(services),
             legs: Arc::new(Semaphore::new(LEGS_MAX)),
             observed: Observed::new(&process.metrics),
             tracer: process.tracer.clone(),
@@ -182,6 +196,12 @@ impl Inbound {
             tracing::debug!(%client, %error, "leg ended");
         }
     }
+}
+
+/// The port of a service's application, where it has one.
+fn app_port(config: &ServiceConfig) -> Option<(u16, ServiceName)> {
+    let port = config.app.rsplit_once(':')?.1.parse().ok()?;
+    Some((port, config.service.clone()))
 }
 
 /// Accepts legs until the process has drained. From the beginning of the drain no new ones; those that stand

@@ -12,6 +12,7 @@ use tombolo_runtime::metrics::{Metrics, Refusals};
 pub struct Observed {
     refusals: Refusals,
     requests: Family<RequestLabels, Counter>,
+    audited: Family<ClusterLabel, Counter>,
     /// Legs whose handshake is done.
     pub legs: Gauge,
     pub opaque: Gauge,
@@ -24,6 +25,11 @@ struct RequestLabels {
     outcome: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ClusterLabel {
+    cluster: String,
+}
+
 impl Observed {
     pub fn new(metrics: &Metrics) -> Self {
         Self {
@@ -31,6 +37,10 @@ impl Observed {
             requests: metrics.counters(
                 "tombolo_inbound_requests",
                 "Requests from other sidecars, by the caller's cluster and outcome",
+            ),
+            audited: metrics.counters(
+                "tombolo_inbound_audited",
+                "Requests and connections that a policy in audit mode would have refused, by the caller's cluster",
             ),
             legs: metrics.gauge("tombolo_inbound_legs", "Inner legs that stand"),
             opaque: metrics.gauge("tombolo_inbound_opaque_connections", "Opaque connections to the application"),
@@ -40,6 +50,10 @@ impl Observed {
 
     pub fn refused(&self, refusal: Refusal) {
         self.refusals.inc(refusal);
+    }
+
+    pub fn audited(&self, cluster: &str) {
+        self.audited.get_or_create_owned(&ClusterLabel { cluster: cluster.to_owned() }).inc();
     }
 
     /// The cluster comes from a verified identity, so there are no more labels than peers.

@@ -49,7 +49,7 @@ async fn deliver(inbound: &Inbound, leg: &mut AcceptedLeg, open: &Open) -> Resul
     if open.port != leg.identity.target.port {
         return Err(Refusal::TargetMismatch);
     }
-    let app = inbound.authorize(&leg.identity)?;
+    let app = inbound.admit(&leg.identity, None)?;
     let connection = app.connect_opaque().await?;
     opaque::answer(&mut leg.stream, Ok(())).await.map_err(|_| Refusal::ConnectionLost)?;
     Ok(connection)

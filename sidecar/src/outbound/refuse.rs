@@ -6,6 +6,7 @@
 //! | 400 | the request itself is malformed, or uses a feature that can't cross |
 //! | 403 | the name is not one of the clusterset, or the identity is not allowed to call it |
 //! | 404 | nobody exports the service to here, or not with this port |
+//! | 429 | the service's rate limit is reached; with `Retry-After` |
 //! | 502 | the other end broke off, or could not prove its identity |
 //! | 503 | nobody is there to answer now: no ready endpoint, no tunnel, a limit; with `Retry-After` |
 //! | 504 | no answer within the deadline |
@@ -43,6 +44,7 @@ impl Refused {
             BadRequest | BadTarget | BadClientHello | BadHeader | TargetMismatch | BadAlpn => StatusCode::BAD_REQUEST,
             ForeignName | IdentityDenied | WrongRole | Revoked => StatusCode::FORBIDDEN,
             UnknownService | UnknownPort | NotExported => StatusCode::NOT_FOUND,
+            RateLimited => StatusCode::TOO_MANY_REQUESTS,
             ConnectionLost | BadCertificate | Expired | UnknownTrustDomain | RelayLoop => StatusCode::BAD_GATEWAY,
             Timeout | HandshakeTimeout => StatusCode::GATEWAY_TIMEOUT,
             // Whatever else may be refused one day: nobody is there to answer.
@@ -60,7 +62,7 @@ impl Refused {
         }
         headers.insert(REFUSAL, HeaderValue::from_static(self.refusal.code()));
         let status = self.status();
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
             let seconds = self.retry_after.map_or(1, |wait| wait.as_secs().max(1));
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
@@ -75,6 +77,7 @@ impl Refused {
             StatusCode::BAD_REQUEST => "3",
             StatusCode::FORBIDDEN => "7",
             StatusCode::NOT_FOUND => "12",
+            StatusCode::TOO_MANY_REQUESTS => "8",
             StatusCode::GATEWAY_TIMEOUT => "4",
             _ => "14",
         };

@@ -424,7 +424,12 @@ impl World {
     }
 
     pub fn tell_shares(&self, shares: Vec<ShareView>) {
-        let view = ServiceView { service: "shop/web".parse().unwrap(), shares, numbers: Default::default() };
+        let view = ServiceView {
+            service: "shop/web".parse().unwrap(),
+            shares,
+            numbers: Default::default(),
+            policies: Vec::new(),
+        };
         self.told.say("shop/web", ServiceState::Known(Arc::new(view)));
     }
 

@@ -109,7 +109,7 @@ fn view(service: &str, kind: ServiceKind, numbers: ServiceNumbers) -> ServiceSta
     let share =
         ClusterShare { cluster: "west".parse().unwrap(), origin: Origin::Remote, freshness: Freshness::Fresh, export };
     let shares = vec![ShareView { share, deliveries: BTreeMap::new() }];
-    ServiceState::Known(Arc::new(ServiceView { service: name(service), shares, numbers }))
+    ServiceState::Known(Arc::new(ServiceView { service: name(service), shares, numbers, policies: Vec::new() }))
 }
 
 fn whole(number: u32) -> ServiceNumbers {

@@ -1,0 +1,83 @@
+//! Policies written into a cluster's directory, in whole clusters as separate processes.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use support::{World, app, curl, curl_until, link, serve, start_caller, until};
+
+const WEB: &str = "http://web.shop.svc.clusterset.local/";
+
+fn access(account: &str) -> String {
+    format!(
+        "apiVersion: tombolo.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {{name: web, namespace: shop}}\nspec:\n  \
+         targetRefs: [{{kind: Service, name: web}}]\n  rules:\n  - from: [{{serviceAccounts: [{account}]}}]\n"
+    )
+}
+
+#[tokio::test]
+async fn an_access_policy_decides_about_callers_from_another_cluster_and_its_edit_takes_effect_at_once() {
+    let world = World::new().await;
+    let (mut east, mut west) = tokio::join!(world.cluster("east"), world.cluster("west"));
+    let web = app::http("web-in-west").await;
+    west.write_resource("access.yaml", &access("operator")).unwrap();
+    serve(&mut west, "web", "http", "http", web.address).await;
+    link(&west, &east).await;
+    west.operator(&["export", "web.shop"]).await.unwrap();
+    let proxy = start_caller(&mut east).await;
+    // It was in force before the service could be called for the first time.
+    let denied = until("the service to be known", async || {
+        let answer = curl(proxy, &[WEB]).await;
+        assert!(!answer.body.starts_with("web-in-west"), "{answer:?}");
+        (answer.status == 403).then_some(answer)
+    })
+    .await;
+    assert_eq!(denied.header("tombolo-refusal"), Some("identity-denied"), "{denied:?}");
+
+    west.write_resource("access.yaml", &access("frontend")).unwrap();
+    curl_until(proxy, WEB, "web-in-west").await;
+
+    // One that is wrong is reported with its place, and the last good one stays.
+    west.write_resource("access.yaml", &access("frontend").replace("rules:", "rulez:")).unwrap();
+    let problem = until("the problem to be reported", async || {
+        west.status().await.ok()?["problems"].as_array()?.first().cloned()
+    })
+    .await;
+    assert_eq!((problem["file"].as_str(), problem["line"].as_u64()), (Some("access.yaml"), Some(1)), "{problem}");
+    let reason = problem["reason"].as_str().unwrap();
+    assert!(reason.starts_with("AccessPolicy shop/web: spec.rulez: is not a field here"), "{reason}");
+    assert_eq!(curl(proxy, &[WEB]).await.status, 200);
+
+    // A sidecar that starts while its federation is away goes on with what it was told.
+    west.write_resource("access.yaml", &access("operator")).unwrap();
+    until("the caller to be denied", async || (curl(proxy, &[WEB]).await.status == 403).then_some(())).await;
+    // What is told is written within a second.
+    let written = Instant::now() + Duration::from_millis(1200);
+    until("what was told to be kept", async || (Instant::now() > written).then_some(())).await;
+    west.kill("federation").await.unwrap();
+    west.kill("web").await.unwrap();
+    west.restart("web").await.unwrap();
+    until("the restarted sidecar to answer", async || {
+        let answer = curl(proxy, &[WEB]).await;
+        assert!(!answer.body.starts_with("web-in-west"), "{answer:?}");
+        (answer.status == 403).then_some(())
+    })
+    .await;
+    tokio::join!(east.stop(), west.stop());
+}
+
+#[tokio::test]
+async fn default_access_deny_refuses_whom_no_policy_allows() {
+    let world = World::new().await;
+    let mut east = world.cluster_with("east", json!({}), json!({ "defaultAccess": "deny" })).await;
+    let web = app::http("web-in-east").await;
+    serve(&mut east, "web", "http", "http", web.address).await;
+    let proxy = start_caller(&mut east).await;
+    until("the caller to be denied", async || (curl(proxy, &[WEB]).await.status == 403).then_some(())).await;
+    east.write_resource("access.yaml", &access("frontend")).unwrap();
+    curl_until(proxy, WEB, "web-in-east").await;
+    east.stop().await;
+}

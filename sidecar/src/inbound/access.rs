@@ -1,0 +1,116 @@
+//! Whether a caller may do what it asks for, by the policies that federation told last.
+//!
+//! Nobody is served before federation has told what decides about a service: what was told to the process before
+//! this one counts until then.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use http::Request;
+use tombolo_core::authz::Client;
+use tombolo_core::id::ServiceName;
+use tombolo_core::policy::access::{Asked, DefaultAccess, HttpAsked, Mode, decide};
+use tombolo_core::policy::rate::{RateLimit, TokenBucket};
+use tombolo_core::refusal::Refusal;
+use tombolo_leg::accept::LegIdentity;
+use tombolo_leg::discovery::InboundPolicies;
+use tombolo_runtime::logging::Sparsely;
+
+use super::Inbound;
+use super::app::App;
+use crate::config::ServiceConfig;
+
+/// What each service's callers have left of its rate limit.
+#[derive(Debug, Default)]
+pub(super) struct Buckets(BTreeMap<ServiceName, Mutex<Option<TokenBucket>>>);
+
+impl Buckets {
+    pub fn new(services: &[ServiceConfig]) -> Self {
+        Self(services.iter().map(|config| (config.service.clone(), Mutex::default())).collect())
+    }
+
+    fn take(&self, service: &ServiceName, limit: Option<RateLimit>, now: Instant) -> Result<(), Refusal> {
+        let (Some(limit), Some(held)) = (limit, self.0.get(service)) else { return Ok(()) };
+        let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
+        let bucket = held.get_or_insert_with(|| TokenBucket::new(limit, now));
+        if bucket.limit() != limit {
+            bucket.set_limit(limit, now);
+        }
+        bucket.take(now).map_err(|_| Refusal::RateLimited)
+    }
+}
+
+/// The parts of a request that policies speak of.
+pub(super) fn asked<B>(request: &Request<B>) -> HttpAsked<'_> {
+    // A connection that switches its protocol crosses as an extended CONNECT, and was a GET (RFC 8441 section 5).
+    let is_switch = request.extensions().get::<h2::ext::Protocol>().is_some();
+    let method = if is_switch { "GET" } else { request.method().as_str() };
+    HttpAsked { method, path: request.uri().path() }
+}
+
+impl Inbound {
+    /// The application for this leg, if its client may do what it asks for now. `http` is `None` where requests
+    /// can't be told apart.
+    ///
+    /// # Errors
+    /// Those of [`tombolo_core::authz::authorize`]; `EndpointGone` before federation has told what decides;
+    /// `IdentityDenied` and `RateLimited` as the policies say.
+    pub(super) fn admit(&self, leg: &LegIdentity, http: Option<HttpAsked<'_>>) -> Result<&Arc<App>, Refusal> {
+        let app = self.authorize(leg)?;
+        let service = &leg.target.service;
+        let policies = self.authority.policies(service).ok_or(Refusal::EndpointGone)?;
+        let client = Client { id: &leg.client_id, cluster: &leg.client_cluster };
+        let asked = Asked { service, port: leg.target.port, http };
+        let verdict = decide(&policies.access, &policies.defaults, client, asked);
+        if let Some(reason) = verdict.audit {
+            static LOG: Sparsely = Sparsely::new();
+            self.observed.audited(leg.client_cluster.as_str());
+            if let Some(left_out) = LOG.admit(Instant::now()) {
+                tracing::info!(client = %leg.client_id, target = %leg.target, %reason, left_out, "a policy in audit mode would refuse this");
+            }
+        }
+        if !verdict.is_allowed() {
+            tracing::debug!(client = %leg.client_id, target = %leg.target, reason = %verdict.reason, "denied by policy");
+            return Err(Refusal::IdentityDenied);
+        }
+        self.buckets.take(service, policies.rate_limit, Instant::now())?;
+        Ok(app)
+    }
+
+    /// Whether something decides about callers of the application at this port, so that nobody may come without an
+    /// identity.
+    pub(crate) fn is_guarded(&self, app_port: u16) -> bool {
+        let mut behind = self.app_ports.iter().filter(|(port, _)| *port == app_port);
+        behind.any(|(_, service)| self.authority.policies(service).is_none_or(|policies| guards(&policies)))
+    }
+}
+
+fn guards(policies: &InboundPolicies) -> bool {
+    policies.defaults.cluster == DefaultAccess::Deny
+        || policies.access.iter().any(|policy| policy.spec.mode == Mode::Enforce)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_rate_limit_is_the_services_and_follows_its_policy() {
+        let name: ServiceName = "shop/web".parse().unwrap();
+        let buckets = Buckets([(name.clone(), Mutex::default())].into());
+        let now = Instant::now();
+        let limit = |rate, burst| Some(RateLimit { requests_per_second: rate, burst: Some(burst) });
+        assert_eq!([(); 3].map(|()| buckets.take(&name, None, now)), [Ok(()); 3]);
+        let twice = [(); 3].map(|()| buckets.take(&name, limit(1, 2), now));
+        assert_eq!(twice, [Ok(()), Ok(()), Err(Refusal::RateLimited)]);
+        let later = now + Duration::from_secs(1);
+        assert_eq!(buckets.take(&name, limit(1, 2), later), Ok(()));
+        assert_eq!(buckets.take(&name, limit(1, 2), later), Err(Refusal::RateLimited));
+        // From now on it fills a hundred times as fast.
+        assert_eq!(buckets.take(&name, limit(100, 2), later), Err(Refusal::RateLimited));
+        assert_eq!(buckets.take(&name, limit(100, 2), later + Duration::from_millis(10)), Ok(()));
+    }
+}
