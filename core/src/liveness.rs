@@ -53,6 +53,9 @@ const OUTSTANDING_MAX: usize = 64;
 /// A timer that fires this much late says that this process was held up, not the far end.
 const LATE: Duration = Duration::from_millis(200);
 
+/// How long signs of unreachability are disbelieved when one has proved to be wrong.
+const DISBELIEF: Duration = Duration::from_secs(60);
+
 /// The state machine of one tunnel.
 #[derive(Debug)]
 pub struct Liveness {
@@ -66,6 +69,10 @@ pub struct Liveness {
     /// When the last suspicion ended. Probes from before it were answered over a stall, which says nothing of
     /// how long the path is.
     resumed: Option<Instant>,
+    /// Since when somebody who has not proved who he is says that nobody is there.
+    unreachable: Option<Instant>,
+    /// When that last proved to be wrong.
+    refuted: Option<Instant>,
     rtt: Option<Duration>,
     events: VecDeque<LivenessEvent>,
 }
@@ -82,6 +89,8 @@ impl Liveness {
             last_probe: None,
             heard: now,
             resumed: None,
+            unreachable: None,
+            refuted: None,
             rtt: None,
             events: VecDeque::new(),
         }
@@ -107,16 +116,33 @@ impl Liveness {
             return;
         }
         self.heard = self.heard.max(now);
-        if self.reach == Reach::Suspect {
+        // What was under way when nobody was there any more still arrives.
+        if self.reach == Reach::Suspect && self.unreachable.is_none() {
             self.resumed = Some(now);
+            self.become_reach(Reach::Up);
         }
-        self.become_reach(Reach::Up);
+    }
+
+    /// A sign that nobody is at the far end, from somebody who has not proved who he is (ICMP's port-unreachable):
+    /// suspicion and a probe at once, but never death. Only an answer to a probe sent since then ends the
+    /// suspicion, and from then on such signs count for nothing for a while.
+    pub fn handle_unreachable(&mut self, now: Instant) {
+        let disbelieved = self.refuted.is_some_and(|refuted| now.saturating_duration_since(refuted) < DISBELIEF);
+        if self.reach == Reach::Up && !disbelieved {
+            self.unreachable = Some(now);
+            self.become_reach(Reach::Suspect);
+            self.send_probe(now);
+        }
     }
 
     /// An answer to the probe of this number; a number that was never sent counts for nothing.
     pub fn handle_answer(&mut self, sequence: u64, now: Instant) {
         let Some(sent) = self.outstanding.get(&sequence).copied() else { return };
         self.outstanding = self.outstanding.split_off(&(sequence + 1));
+        if self.unreachable.is_some_and(|since| sent >= since) {
+            self.unreachable = None;
+            self.refuted = Some(now);
+        }
         self.handle_heard(now);
         if self.resumed.is_none_or(|resumed| sent >= resumed) {
             let sample = now.saturating_duration_since(sent);
@@ -298,6 +324,41 @@ mod tests {
         assert_eq!(liveness.reach(), Reach::Dead);
         liveness.handle_heard(start + MS * 120_001);
         assert_eq!(liveness.reach(), Reach::Dead);
+    }
+
+    #[test]
+    fn unreachable_is_suspect_at_once_and_never_dead() {
+        let start = Instant::now();
+        let mut liveness = machine(start);
+        liveness.handle_in_use(true);
+        run(&mut liveness, start, MS * 1_000, |_| Some(MS));
+        liveness.handle_unreachable(start + MS * 1_001);
+        assert_eq!(liveness.poll_event(), Some(LivenessEvent::Reach(Reach::Suspect)));
+        let Some(LivenessEvent::SendProbe(probe)) = liveness.poll_event() else { panic!("no probe") };
+        // What was sent before nobody was there, and a repetition of the sign.
+        liveness.handle_heard(start + MS * 1_002);
+        liveness.handle_unreachable(start + MS * 1_003);
+        assert_eq!((liveness.reach(), liveness.poll_event()), (Reach::Suspect, None));
+        liveness.handle_answer(probe, start + MS * 1_010);
+        assert_eq!(liveness.poll_event(), Some(LivenessEvent::Reach(Reach::Up)));
+
+        // It was wrong: whoever forges it has to wait.
+        for (ms, want) in [(1_020, Reach::Up), (61_009, Reach::Up), (61_011, Reach::Suspect)] {
+            liveness.handle_unreachable(start + MS * ms);
+            assert_eq!(liveness.reach(), want, "{ms}");
+        }
+    }
+
+    #[test]
+    fn where_nobody_is_silence_counts_as_ever() {
+        let start = Instant::now();
+        let mut liveness = machine(start);
+        liveness.handle_in_use(true);
+        run(&mut liveness, start, MS * 1_000, |_| Some(MS));
+        liveness.handle_unreachable(start + MS * 1_001);
+        let changes = run(&mut liveness, start, MS * 90_000, |_| None);
+        let [(1_001..=1_200, Reach::Suspect), (dead, Reach::Dead)] = changes[..] else { panic!("{changes:?}") };
+        assert!((60_850..=61_100).contains(&dead), "{dead}");
     }
 
     #[test]

@@ -19,9 +19,12 @@ pub struct OutlierConfig {
     /// Answers in a row that took longer than `slow_after`; 0 for never.
     pub slow: u32,
     pub slow_after: Duration,
-    /// The first pause; each ejection soon after another doubles it.
+    /// The first pause; each ejection soon after another doubles it. An endpoint that stayed in for twice as long as it
+    /// had been kept out starts anew.
     pub pause: Duration,
     pub pause_max: Duration,
+    /// Longest pause between probes that fail: they cost no request, and what is ready again is to get its traffic back.
+    pub probe_pause_max: Duration,
     /// A probe without a result for this long has failed.
     pub probe_timeout: Duration,
     /// The same while a hang is suspected and requests wait, or as many times the p99 as for the suspicion.
@@ -44,6 +47,7 @@ impl Default for OutlierConfig {
             slow_after: Duration::from_secs(1),
             pause: Duration::from_millis(500),
             pause_max: Duration::from_secs(30),
+            probe_pause_max: Duration::from_secs(1),
             probe_timeout: Duration::from_secs(2),
             hang_probe_min: Duration::from_millis(300),
             hang_factor: 4,
@@ -154,12 +158,14 @@ pub struct Outlier {
     patience: u32,
     /// Ejections in a row, each soon after the one before.
     ejections: u32,
+    /// Probes that failed since the last ejection.
+    probes_failed: u32,
     restored: Option<Instant>,
     latency: Latency,
     completed: Option<Instant>,
 }
 
-/// An endpoint that stayed in for this long starts again with the first pause.
+/// An endpoint that stayed in for this long starts again with the first pause, however long it had been out.
 const FORGIVE_AFTER: Duration = Duration::from_secs(60);
 /// An application that is alive and completes nothing is asked at least this often.
 const PATIENCE_MAX: Duration = Duration::from_secs(30);
@@ -176,6 +182,7 @@ impl Outlier {
             slow: 0,
             patience: 0,
             ejections: 0,
+            probes_failed: 0,
             restored: None,
             latency: Latency::default(),
             completed: None,
@@ -255,8 +262,9 @@ impl Outlier {
             }
             (State::Probing { .. } | State::Ejected { .. }, true) => Some(self.restore(now)),
             (State::Probing { .. }, false) => {
-                self.ejections = self.ejections.saturating_add(1);
-                self.state = State::Ejected { until: now + self.pause() };
+                self.probes_failed = self.probes_failed.saturating_add(1);
+                let pause = self.doubled(self.probes_failed).min(self.config.probe_pause_max);
+                self.state = State::Ejected { until: now + pause };
                 None
             }
             (State::Ejected { .. } | State::Admitted, _) => None,
@@ -273,9 +281,12 @@ impl Outlier {
     /// the pause that they made is forgiven, and the next probe is due at once.
     pub fn handle_way_up(&mut self, now: Instant) {
         match self.state {
-            State::Ejected { .. } => (self.state, self.ejections) = (State::Ejected { until: now }, 1),
-            // It was asked over the broken way. Should it fail, it counts as the first.
-            State::Probing { .. } => self.ejections = 0,
+            State::Ejected { .. } => {
+                self.state = State::Ejected { until: now };
+                (self.ejections, self.probes_failed) = (1, 0);
+            }
+            // The one under way was asked over the broken way.
+            State::Probing { .. } => (self.ejections, self.probes_failed) = (1, 0),
             State::Admitted | State::Questioned { .. } => {}
         }
     }
@@ -307,8 +318,10 @@ impl Outlier {
         if self.is_ejected() || elsewhere == Elsewhere::Nothing {
             return None;
         }
-        let forgiven = self.restored.is_none_or(|restored| now.saturating_duration_since(restored) > FORGIVE_AFTER);
+        let enough = (self.pause() * 2).min(FORGIVE_AFTER);
+        let forgiven = self.restored.is_none_or(|restored| now.saturating_duration_since(restored) > enough);
         self.ejections = if forgiven { 1 } else { self.ejections.saturating_add(1) };
+        self.probes_failed = 0;
         self.forget_rows();
         (self.state, self.reason) = (State::Ejected { until: now + self.pause() }, Some(reason));
         Some(OutlierEvent::Ejected(reason))
@@ -321,8 +334,11 @@ impl Outlier {
     }
 
     fn pause(&self) -> Duration {
-        let doublings = self.ejections.saturating_sub(1).min(16);
-        self.config.pause.saturating_mul(1 << doublings).min(self.config.pause_max)
+        self.doubled(self.ejections.saturating_sub(1)).min(self.config.pause_max)
+    }
+
+    fn doubled(&self, times: u32) -> Duration {
+        self.config.pause.saturating_mul(1 << times.min(16))
     }
 
     fn forget_rows(&mut self) {
@@ -501,9 +517,33 @@ mod tests {
             bench.tick(ms);
             bench.probe(true, ms);
         }
-        ms += 60_001;
+        // Twice the last pause is not enough, a little more is.
+        ms += 4_000;
+        bench.outcome(Outcome::Refused, ms);
+        assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + 4_000)));
+        ms += 4_000;
+        bench.tick(ms);
+        bench.probe(true, ms);
+        ms += 8_001;
         bench.outcome(Outcome::Refused, ms);
         assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + 500)));
+    }
+
+    #[test]
+    fn what_fails_now_and_then_is_not_kept_out_ever_longer() {
+        let mut bench = Bench::new();
+        let mut ms = 0;
+        for _ in 0..20 {
+            bench.outcome(Outcome::Refused, ms);
+            assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + 500)));
+            for failed in [500, 1_500, 2_500] {
+                assert_eq!(bench.tick(ms + failed), Some(OutlierEvent::Probe));
+                bench.probe(false, ms + failed);
+            }
+            assert_eq!(bench.tick(ms + 3_500), Some(OutlierEvent::Probe));
+            assert_eq!(bench.probe(true, ms + 3_500), Some(OutlierEvent::Restored));
+            ms += 5_000;
+        }
     }
 
     #[test]
@@ -553,22 +593,21 @@ mod tests {
         let mut bench = Bench::new();
         bench.outcome(Outcome::Refused, 0);
         let mut ms = 0;
-        for pause in [500, 1_000, 2_000, 4_000] {
+        for pause in [500, 1_000, 1_000, 1_000] {
             ms += pause;
             assert_eq!(bench.tick(ms), Some(OutlierEvent::Probe));
             assert_eq!(bench.probe(false, ms), None);
         }
-        assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + 8_000)));
+        assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + 1_000)));
         bench.outlier.handle_way_up(bench.at(ms + 10));
         assert_eq!(bench.tick(ms + 10), Some(OutlierEvent::Probe));
         // A way that breaks and stands again while the probe is under way.
         bench.outlier.handle_way_up(bench.at(ms + 15));
         assert_eq!(bench.probe(false, ms + 20), None);
-        assert_eq!(bench.outlier.poll_timeout(), Some(bench.at(ms + 520)));
-        assert_eq!(bench.tick(ms + 520), Some(OutlierEvent::Probe));
-        assert_eq!(bench.probe(true, ms + 530), Some(OutlierEvent::Restored));
+        assert_eq!(bench.tick(ms + 1_020), Some(OutlierEvent::Probe));
+        assert_eq!(bench.probe(true, ms + 1_030), Some(OutlierEvent::Restored));
         // Who is not ejected has nothing to be forgiven.
-        bench.outlier.handle_way_up(bench.at(ms + 540));
+        bench.outlier.handle_way_up(bench.at(ms + 1_040));
         assert_eq!(bench.outlier.poll_timeout(), None);
     }
 

@@ -30,9 +30,9 @@ use crate::peering::PeeringRelay;
 use crate::snapshot::Snapshot;
 use crate::stalls::Stalls;
 use crate::tunnel::connection::{Order, Tunnel};
-use crate::tunnel::endpoint::UnusableTls;
+use crate::tunnel::endpoint::{TunnelSocket, UnusableTls};
 use crate::tunnel::registry::Registry;
-use crate::tunnel::{CLOSE_DONE, close_refused, dialler, doorway};
+use crate::tunnel::{CLOSE_DONE, close_refused, dialler, doorway, unreachable};
 
 /// What an operator decides about a gateway.
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ pub struct Parts {
     pub trust: TrustStore,
     pub svid: SvidSource,
     /// Bound by `tunnel::endpoint::bind`.
-    pub endpoint: Endpoint,
+    pub tunnel: TunnelSocket,
     pub ingress: TcpListener,
     pub peering: PeeringRelay,
     pub tracer: Tracer,
@@ -107,7 +107,7 @@ impl Gateway {
             settings: parts.settings,
             trust: parts.trust,
             svid: parts.svid,
-            endpoint: parts.endpoint,
+            endpoint: parts.tunnel.endpoint,
             tracer: parts.tracer,
             drain: parts.drain,
             peering: parts.peering,
@@ -116,6 +116,7 @@ impl Gateway {
         let mut tasks = JoinSet::new();
         tasks.spawn(doorway::accept_all(gateway.clone()));
         tasks.spawn(dialler::dial_all(gateway.clone()));
+        tasks.spawn(unreachable::tell_all(gateway.registry.clone(), parts.tunnel.errors));
         tasks.spawn(ingress::accept_all(gateway.clone(), parts.ingress));
         tasks.spawn(guard_tunnels(gateway.clone()));
         tasks.spawn(announce_drain(gateway.clone()));

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
 use anyhow::Context as _;
-use quinn::Endpoint;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -25,7 +24,7 @@ use crate::gateway::{Gateway, Parts, Running, Settings};
 use crate::peering::{self, PeeringRelay};
 use crate::reports;
 use crate::snapshot::Snapshot;
-use crate::tunnel::endpoint::{self, EndpointKeys};
+use crate::tunnel::endpoint::{self, EndpointKeys, TunnelSocket};
 use crate::watch;
 
 const ROLE: &str = "gateway";
@@ -34,7 +33,7 @@ const MEMORY_FILE: &str = "last-told";
 
 /// The sockets of a gateway, bound before anything is served on them.
 struct Sockets {
-    tunnel: Endpoint,
+    tunnel: TunnelSocket,
     ingress: TcpListener,
     watch: TcpListener,
 }
@@ -55,7 +54,7 @@ impl Sockets {
     }
 
     fn hello(&self, config: &Config) -> std::io::Result<GatewayHello> {
-        let tunnel = self.tunnel.local_addr()?;
+        let tunnel = self.tunnel.endpoint.local_addr()?;
         let advertise = config.advertise.iter().map(|address| advertised(Some(address), tunnel));
         Ok(GatewayHello {
             gateway_id: config.id.clone(),
@@ -88,7 +87,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     let sockets_ready = process.readiness.condition("sockets", "not listening yet");
     let sockets = Sockets::bind(&config).await?;
     let addresses = BTreeMap::from([
-        ("tunnel", sockets.tunnel.local_addr()?),
+        ("tunnel", sockets.tunnel.endpoint.local_addr()?),
         ("ingress", sockets.ingress.local_addr()?),
         ("watch", sockets.watch.local_addr()?),
     ]);
@@ -201,7 +200,7 @@ async fn start(
         snapshot,
         trust,
         svid,
-        endpoint: sockets.tunnel,
+        tunnel: sockets.tunnel,
         ingress: sockets.ingress,
         peering,
         tracer: process.tracer.clone(),

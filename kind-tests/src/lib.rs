@@ -3,6 +3,7 @@
 //! Everything here needs root, `ip` and `/dev/net/tun`, and stays within network namespaces that it makes
 //! itself.
 
+pub mod chaos;
 pub mod wan;
 
 use std::fs::File;

@@ -406,4 +406,15 @@ async fn a_silent_path_makes_the_leg_suspect_while_a_request_waits() {
     // How long the silence lasted is not how long the path is.
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(leg.rtt() < Duration::from_millis(300), "{:?}", leg.rtt());
+
+    // What others say of the way is taken for true until the far end answers, which here it does at once.
+    let mut changes = leg.health_changes();
+    leg.doubt();
+    bounded(changes.changed()).await.unwrap();
+    eventually("the far end has answered", || leg.health() == LegHealth::Live).await;
+    cut.send(true).unwrap();
+    leg.doubt();
+    bounded(leg.suspect()).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(leg.health(), LegHealth::Suspect);
 }

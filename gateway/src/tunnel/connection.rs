@@ -1,6 +1,7 @@
 //! One tunnel connection with one gateway of a peer, and what is known of it.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -70,6 +71,8 @@ pub struct Tunnel {
     pub established: UnixTime,
     orders: mpsc::Sender<Order>,
     use_changed: Notify,
+    unreachable: Notify,
+    reach_changed: Notify,
     legs: AtomicU32,
     reach: AtomicU8,
     rtt_us: AtomicU64,
@@ -95,6 +98,8 @@ impl Tunnel {
             established: UnixTime::now(),
             orders,
             use_changed: Notify::new(),
+            unreachable: Notify::new(),
+            reach_changed: Notify::new(),
             legs: AtomicU32::new(0),
             reach: AtomicU8::new(Reach::Up as u8),
             rtt_us,
@@ -118,6 +123,30 @@ impl Tunnel {
 
     pub fn set_reach(&self, reach: Reach) {
         self.reach.store(reach as u8, Ordering::Relaxed);
+        self.reach_changed.notify_waiters();
+    }
+
+    /// Completes when the far end does not answer.
+    pub async fn suspected(&self) {
+        loop {
+            let mut changed = pin!(self.reach_changed.notified());
+            // Whatever changes after the look wakes it.
+            changed.as_mut().enable();
+            if self.reach() != Reach::Up {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// A host on the way says that nobody is at the far end, which is not proved.
+    pub fn unreachable(&self) {
+        self.unreachable.notify_one();
+    }
+
+    /// Completes when that has been said.
+    pub(super) async fn said_unreachable(&self) {
+        self.unreachable.notified().await;
     }
 
     pub fn rtt(&self) -> Duration {

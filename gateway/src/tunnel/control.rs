@@ -114,6 +114,7 @@ pub async fn run(
             },
             Some(order) = orders.recv() => control.handle_order(order),
             () = tunnel.use_changed() => control.handle_use(),
+            () = tunnel.said_unreachable() => control.handle_unreachable(),
             () = tokio::time::sleep_until(wake.into()) => control.handle_wake(),
         }
     }
@@ -186,15 +187,25 @@ impl Control {
 
     fn handle_wake(&mut self) {
         let now = Instant::now();
-        let acks = self.tunnel.connection.stats().frame_rx.acks;
-        if acks != self.acks {
-            self.acks = acks;
-            self.liveness.handle_heard(now);
-        }
+        self.hear_acks(now);
         self.tunnel.refresh_rtt();
         self.liveness.handle_timeout(now);
         if self.unused_since.is_some_and(|since| since + LINGER <= now) {
             self.tunnel.connection.close(CLOSE_DONE, b"superseded");
+        }
+    }
+
+    fn handle_unreachable(&mut self) {
+        let now = Instant::now();
+        self.hear_acks(now);
+        self.liveness.handle_unreachable(now);
+    }
+
+    fn hear_acks(&mut self, now: Instant) {
+        let acks = self.tunnel.connection.stats().frame_rx.acks;
+        if acks != self.acks {
+            self.acks = acks;
+            self.liveness.handle_heard(now);
         }
     }
 

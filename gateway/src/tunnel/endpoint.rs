@@ -16,6 +16,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tombolo_trust::atomic;
 
 use super::socket::SplittingSocket;
+use super::unreachable::ErrorQueue;
 use crate::config::{Congestion, LimitsConfig};
 
 /// What a connection has before it is known who it is: one stream and this window.
@@ -64,8 +65,15 @@ fn create(path: &Path) -> std::io::Result<[u8; KEYS_LENGTH]> {
     Ok(bytes)
 }
 
-/// Opens the socket. It accepts nothing until a server configuration is set.
-pub fn bind(listen: SocketAddr, keys: &EndpointKeys) -> std::io::Result<Endpoint> {
+/// The socket of all tunnels.
+#[derive(Debug)]
+pub struct TunnelSocket {
+    pub endpoint: Endpoint,
+    pub errors: ErrorQueue,
+}
+
+/// Opens the socket. It accepts nothing until a server configuration is set. Needs a runtime.
+pub fn bind(listen: SocketAddr, keys: &EndpointKeys) -> std::io::Result<TunnelSocket> {
     let socket = Socket::new(Domain::for_address(listen), Type::DGRAM, Some(Protocol::UDP))?;
     if listen.is_ipv6() {
         socket.set_only_v6(false)?;
@@ -78,9 +86,11 @@ pub fn bind(listen: SocketAddr, keys: &EndpointKeys) -> std::io::Result<Endpoint
     let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &keys.reset)));
     let connection_ids = keys.connection_ids;
     config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(connection_ids)));
+    let errors = ErrorQueue::of(&socket)?;
     let runtime = Arc::new(quinn::TokioRuntime);
     let socket = SplittingSocket::new(runtime.wrap_udp_socket(socket.into())?);
-    Endpoint::new_with_abstract_socket(config, None, Arc::new(socket), runtime)
+    let endpoint = Endpoint::new_with_abstract_socket(config, None, Arc::new(socket), runtime)?;
+    Ok(TunnelSocket { endpoint, errors })
 }
 
 /// What every connection starts with, whoever dialled.

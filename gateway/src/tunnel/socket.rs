@@ -14,6 +14,8 @@ use std::task::{Context, Poll, ready};
 use quinn::udp::{BATCH_SIZE, RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
+use super::unreachable::is_report;
+
 /// The largest run that the kernel hands over.
 const RUN_MAX: usize = 64 * 1024;
 
@@ -55,7 +57,10 @@ impl AsyncUdpSocket for SplittingSocket {
             if count > 0 {
                 return Poll::Ready(Ok(count));
             }
-            ready!(runs.poll_receive(cx, &*self.inner))?;
+            match ready!(runs.poll_receive(cx, &*self.inner)) {
+                Err(error) if is_report(&error) => {}
+                received => received?,
+            }
         }
     }
 

@@ -89,11 +89,16 @@ pub async fn open(tunnel: &Arc<Tunnel>, header: &wire::StreamHeader, hello: &Byt
         send.write_all_chunks(&mut first).await.map_err(|error| lost(&error))?;
         read_frame::<wire::StreamAnswer>(&mut recv).await.map_err(|error| lost(&error))
     };
-    let answer = match timeout(ANSWER_TIMEOUT, exchange).await {
+    // A tunnel that is found silent meanwhile need not be waited for: another one may do.
+    let answered = tokio::select! {
+        answered = timeout(ANSWER_TIMEOUT, exchange) => answered.map_err(|_| (Refusal::Timeout, "the far gateway did not answer in time")),
+        () = tunnel.suspected() => Err((Refusal::NoTunnel, "the far gateway does not answer")),
+    };
+    let answer = match answered {
         Ok(answer) => answer?,
-        Err(_) => {
+        Err((refusal, why)) => {
             let _ = send.reset(stream_code::RESET);
-            return Err(OpenFailure::Lost(Refusal::Timeout, "the far gateway did not answer in time".into()));
+            return Err(OpenFailure::Lost(refusal, why.into()));
         }
     };
     match answer.kind {

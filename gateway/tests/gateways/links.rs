@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt;
-use tombolo_core::liveness::Reach;
+use tombolo_core::liveness::{LivenessConfig, Reach};
 use tombolo_core::refusal::Refusal;
 use tombolo_gateway::tunnel::endpoint::EndpointKeys;
 
@@ -172,11 +172,12 @@ async fn a_drain_is_told_first_and_waits_for_its_legs() {
 }
 
 /// West dials east over a path that can be cut. East keeps its keys in the folder.
-async fn linked_by_path(keys: &std::path::Path) -> (Pair, Path) {
+async fn linked_by_path(keys: &std::path::Path, liveness: LivenessConfig) -> (Pair, Path) {
     let (east, west) = (Cluster::new("east"), Cluster::new("west"));
     let options = NodeOptions { keys: EndpointKeys::load_or_create(keys).unwrap(), ..Default::default() };
     let mut east_node = Node::start_with(&east, "gw-e", &[&west], options).await;
-    let mut west_node = Node::start(&west, "gw-w", &[&east]).await;
+    let options = NodeOptions { liveness, ..Default::default() };
+    let mut west_node = Node::start_with(&west, "gw-w", &[&east], options).await;
     east_node.delivers("shop/web", 80, Sidecar::new().await.echo(), &[&west]);
     let path = Path::to(east_node.tunnel).await;
     west_node.dials_at(&east, "gw-e", path.address);
@@ -188,7 +189,7 @@ async fn linked_by_path(keys: &std::path::Path) -> (Pair, Path) {
 #[tokio::test]
 async fn a_silent_path_is_suspect_within_a_second_and_keeps_its_legs() {
     let folder = tempfile::tempdir().unwrap();
-    let (pair, path) = linked_by_path(folder.path()).await;
+    let (pair, path) = linked_by_path(folder.path(), LivenessConfig::default()).await;
     let registry = &pair.west_node.gateway().registry;
     let mut leg = pair.west_node.accepted(WEB).await;
     echoes(&mut leg, "before").await;
@@ -206,9 +207,31 @@ async fn a_silent_path_is_suspect_within_a_second_and_keeps_its_legs() {
 }
 
 #[tokio::test]
+async fn where_nobody_listens_any_more_the_tunnel_is_suspect_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    // Silence alone would take far too long.
+    let patient = LivenessConfig { suspect_after: Duration::from_secs(300), ..LivenessConfig::default() };
+    let (pair, path) = linked_by_path(folder.path(), patient).await;
+    let registry = &pair.west_node.gateway().registry;
+    echoes(&mut pair.west_node.accepted(WEB).await, "before").await;
+    path.cut();
+    let (ingress, opening) = (pair.west_node.ingress, tokio::time::sleep(Duration::from_millis(300)));
+    let mut leg = tokio::spawn(async move { open(ingress, WEB).await.1.unwrap_err().refusal });
+    tokio::select! {
+        refusal = &mut leg => panic!("refused before anything was said: {refusal:?}"),
+        () = opening => {}
+    }
+    path.vanish();
+    eventually("suspect", || registry.reach(&pair.east.id) == Some(Reach::Suspect)).await;
+    // The leg that was being opened does not wait for its answer any longer.
+    assert_eq!(leg.await.unwrap(), Refusal::NoTunnel);
+    assert_eq!(registry.all().len(), 1, "such a message can be forged: nothing is closed for it");
+}
+
+#[tokio::test]
 async fn a_killed_gateway_ends_its_old_tunnels_when_it_is_back() {
     let folder = tempfile::tempdir().unwrap();
-    let (pair, path) = linked_by_path(folder.path()).await;
+    let (pair, path) = linked_by_path(folder.path(), LivenessConfig::default()).await;
     let mut leg = pair.west_node.accepted(WEB).await;
     echoes(&mut leg, "before").await;
     // Nothing that a dying process would say gets out.

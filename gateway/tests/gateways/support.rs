@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::task::{JoinHandle, JoinSet};
 use tombolo_core::id::{ClusterId, SpiffeId, TrustDomain};
 use tombolo_core::liveness::{LivenessConfig, Reach};
 use tombolo_core::model::GatewayAddress;
@@ -157,8 +158,8 @@ impl Node {
             bound.is_ok()
         })
         .await;
-        let endpoint = bound.unwrap();
-        let tunnel = endpoint.local_addr().unwrap();
+        let socket = bound.unwrap();
+        let tunnel = socket.endpoint.local_addr().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let ingress = listener.local_addr().unwrap();
         let metrics = Metrics::new("gateway");
@@ -175,7 +176,7 @@ impl Node {
             snapshot: snapshot.clone(),
             trust: trust.clone(),
             svid: svid.clone(),
-            endpoint,
+            tunnel: socket,
             ingress: listener,
             peering,
             tracer: options.tracer,
@@ -316,18 +317,24 @@ impl Sidecar {
 pub struct Path {
     pub address: SocketAddr,
     open: Arc<AtomicBool>,
+    forwarding: JoinHandle<()>,
 }
 
 impl Path {
     pub async fn to(server: SocketAddr) -> Self {
         let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
         let (address, open) = (socket.local_addr().unwrap(), Arc::new(AtomicBool::new(true)));
-        tokio::spawn(forward(socket, server, open.clone()));
-        Self { address, open }
+        let forwarding = tokio::spawn(forward(socket, server, open.clone()));
+        Self { address, open, forwarding }
     }
 
     pub fn cut(&self) {
         self.open.store(false, Ordering::Relaxed);
+    }
+
+    /// Nobody listens at its address any more, as when a gateway is killed.
+    pub fn vanish(&self) {
+        self.forwarding.abort();
     }
 
     pub fn restore(&self) {
@@ -337,12 +344,13 @@ impl Path {
 
 async fn forward(socket: Arc<UdpSocket>, server: SocketAddr, open: Arc<AtomicBool>) {
     let mut flows: BTreeMap<SocketAddr, Arc<UdpSocket>> = BTreeMap::new();
+    let mut backs = JoinSet::new();
     let mut bytes = vec![0; 65_536];
     while let Ok((length, client)) = socket.recv_from(&mut bytes).await {
         if let Entry::Vacant(vacant) = flows.entry(client) {
             let flow = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
             vacant.insert(flow.clone());
-            tokio::spawn(forward_back(flow, socket.clone(), client, open.clone()));
+            backs.spawn(forward_back(flow, socket.clone(), client, open.clone()));
         }
         if open.load(Ordering::Relaxed) {
             let _ = flows[&client].send_to(&bytes[..length], server).await;

@@ -166,6 +166,12 @@ impl HttpLeg {
         self.shared.become_health(LegHealth::Abandoned);
     }
 
+    /// Somebody else says that the way of this leg is broken: it is suspect until the far end answers a PING that
+    /// leaves now.
+    pub fn doubt(&self) {
+        self.shared.doubt();
+    }
+
     /// Closes the connection now; what is under way fails.
     pub fn abort(&self) {
         self.retire();

@@ -56,6 +56,8 @@ pub(super) struct Shared {
     pub(super) bulk: AtomicUsize,
     pub(super) retired: AtomicBool,
     aborted: AtomicBool,
+    /// Somebody else says that the way is broken, and the driver has not taken it in yet.
+    doubted: AtomicBool,
     /// The driver has no timer and must be woken when a request begins to wait.
     parked: AtomicBool,
     waker: AtomicWaker,
@@ -77,6 +79,7 @@ impl Shared {
             bulk: AtomicUsize::new(0),
             retired: AtomicBool::new(false),
             aborted: AtomicBool::new(false),
+            doubted: AtomicBool::new(false),
             parked: AtomicBool::new(false),
             waker: AtomicWaker::new(),
             health: watch::Sender::new(LegHealth::Live),
@@ -133,6 +136,11 @@ impl Shared {
 
     pub(super) fn abort(&self) {
         self.aborted.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    pub(super) fn doubt(&self) {
+        self.doubted.store(true, Ordering::Release);
         self.waker.wake();
     }
 
@@ -253,6 +261,8 @@ pub(super) struct Driver<T> {
     stalled: bool,
     /// The one before was held up. If this one is too, the path has become long.
     measuring_again: bool,
+    /// Only the answer to a PING ends the suspicion: what was under way before the way broke still arrives.
+    doubtful: bool,
     timer: Pin<Box<Sleep>>,
     armed: bool,
     shared: Arc<Shared>,
@@ -262,8 +272,17 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     pub(super) fn new(mut connection: h2::client::Connection<Heard<T>, Bytes>, shared: Arc<Shared>) -> Self {
         let ping = connection.ping_pong().expect("taken once, here");
         let timer = Box::pin(tokio::time::sleep(PING_AFTER));
-        let mut driver =
-            Self { connection, ping, sent: None, stalled: false, measuring_again: false, timer, armed: false, shared };
+        let mut driver = Self {
+            connection,
+            ping,
+            sent: None,
+            stalled: false,
+            measuring_again: false,
+            doubtful: false,
+            timer,
+            armed: false,
+            shared,
+        };
         // The answer to the first PING comes behind the peer's settings and is the first measured round trip.
         driver.probe(Instant::now());
         driver
@@ -281,6 +300,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
             match self.ping.poll_pong(cx) {
                 Poll::Ready(Ok(_)) => {
                     self.sent = None;
+                    self.doubtful = false;
                     self.measure(sent, Instant::now());
                     self.shared.settled.send_if_modified(|settled| !std::mem::replace(settled, true));
                 }
@@ -308,6 +328,17 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         let before = self.shared.rtt_us.load(Ordering::Relaxed);
         let smoothed = if before == 0 { micros(sample) } else { (before * 7 + micros(sample)) / 8 };
         self.shared.rtt_us.store(smoothed.max(1), Ordering::Relaxed);
+    }
+
+    /// Suspects the leg because of what was said of its way, and asks.
+    fn take_in_doubt(&mut self, now: Instant) {
+        if self.shared.doubted.swap(false, Ordering::AcqRel) {
+            if self.sent.is_none() {
+                self.probe(now);
+            }
+            self.doubtful = self.sent.is_some();
+            self.shared.become_health(LegHealth::Suspect);
+        }
     }
 
     /// Decides what the silence means and arms the timer for the next look. `true` when the leg is dead.
@@ -348,8 +379,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     }
 
     fn poll_liveness(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.shared.health_now() == LegHealth::Suspect && self.sent.is_none_or(|sent| self.shared.heard_at() > sent)
-        {
+        let heard = self.sent.is_none_or(|sent| !self.doubtful && self.shared.heard_at() > sent);
+        if heard && self.shared.health_now() == LegHealth::Suspect {
             self.shared.become_health(LegHealth::Live);
             self.armed = false;
         }
@@ -382,6 +413,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
         let ended = this.shared.aborted.load(Ordering::Acquire) || Pin::new(&mut this.connection).poll(cx).is_ready();
         if !ended {
             this.poll_pong(cx);
+            this.take_in_doubt(Instant::now());
             if this.poll_liveness(cx).is_pending() {
                 // PINGs that were just queued leave with the next poll of the connection, which h2 wakes.
                 return Poll::Pending;

@@ -53,12 +53,23 @@ impl Gateways {
         self.all.store(Arc::new(now.collect()));
     }
 
-    /// Takes in what GatewayWatch says; `None` when the watch is lost, so that nothing is known any more.
-    pub fn observe(&self, id: &GatewayId, draining: bool, peers: Option<BTreeMap<ClusterId, PeerReach>>) {
+    /// Takes in what GatewayWatch says; `None` when the watch is lost, so that nothing is known any more. Returns the
+    /// clusters that the gateway reached so far and says that it does not reach now.
+    pub fn observe(
+        &self,
+        id: &GatewayId,
+        draining: bool,
+        peers: Option<BTreeMap<ClusterId, PeerReach>>,
+    ) -> Vec<ClusterId> {
+        let mut lost = Vec::new();
         for gateway in self.all.load().iter().filter(|gateway| gateway.id == *id) {
             gateway.draining.store(draining, Ordering::Relaxed);
-            gateway.peers.store(Arc::new(peers.clone()));
+            let before = gateway.peers.swap(Arc::new(peers.clone()));
+            let reached = before.iter().flatten().filter(|(_, peer)| peer.reach == ClusterReach::Up);
+            let broken = |cluster: &&ClusterId| peers.is_some() && gateway.reach(cluster).reach != ClusterReach::Up;
+            lost.extend(reached.map(|(cluster, _)| cluster).filter(broken).cloned());
         }
+        lost
     }
 
     pub fn is_draining(&self, id: &GatewayId) -> bool {
@@ -176,6 +187,25 @@ mod tests {
             let chosen = gateways.choose(&"west".parse().unwrap(), &tried, random);
             assert_eq!(chosen.map(|gateway| gateway.id.to_string()).as_deref(), want);
         }
+    }
+
+    #[test]
+    fn a_lost_way_is_told_once() {
+        let gateways = gateways(&["a"]);
+        let west: ClusterId = "west".parse().unwrap();
+        let says = |reach: Option<ClusterReach>| {
+            let peers = reach.map(|reach| BTreeMap::from([(west.clone(), PeerReach { reach, rtt: None })]));
+            gateways.observe(&"a".parse().unwrap(), false, peers)
+        };
+        assert_eq!(says(Some(ClusterReach::Suspect)), []);
+        assert_eq!(says(Some(ClusterReach::Up)), []);
+        assert_eq!(says(Some(ClusterReach::Suspect)), std::slice::from_ref(&west));
+        assert_eq!(says(Some(ClusterReach::Down)), []);
+        assert_eq!(says(Some(ClusterReach::Up)), []);
+        // A watch that is lost says nothing of the way.
+        assert_eq!(says(None), []);
+        assert_eq!(says(Some(ClusterReach::Up)), []);
+        assert_eq!(gateways.observe(&"a".parse().unwrap(), false, Some(BTreeMap::new())), std::slice::from_ref(&west));
     }
 
     #[test]

@@ -127,6 +127,14 @@ impl Pool {
         state.retire(|_| true);
     }
 
+    /// A gateway says that it does not reach the endpoint's cluster: the legs through it are suspect until they answer.
+    pub fn doubt(&self, gateway: &GatewayId) {
+        let state = self.lock();
+        let through =
+            state.legs.iter().chain(&state.retiring).filter(|dialled| dialled.gateway.as_ref() == Some(gateway));
+        through.for_each(|dialled| dialled.leg.doubt());
+    }
+
     /// Closes what idles, is dead or out of date; `is_unfit` names further reasons.
     pub fn sweep(&self, stamp: Stamp, is_unfit: impl Fn(&Dialled) -> bool) {
         let mut state = self.lock();

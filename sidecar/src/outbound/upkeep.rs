@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tombolo_core::id::ClusterId;
 use tombolo_core::liveness::Reach;
+use tombolo_core::model::Origin;
 use tombolo_core::routing::ClusterReach;
 use tombolo_leg::Alpn;
 use tombolo_leg::discovery::LocalGateway;
@@ -148,8 +149,16 @@ async fn follow_gateway(outbound: Arc<Outbound>, watch: GatewayWatch) {
     let mut states = watch.state();
     while states.changed().await.is_ok() {
         let state = states.borrow_and_update().clone();
-        outbound.gateways.observe(&watch.gateway().gateway_id, state.draining, peers(&state));
+        let gateway = &watch.gateway().gateway_id;
+        let lost = outbound.gateways.observe(gateway, state.draining, peers(&state));
+        // Before the requests that leave their legs pick anew.
         refresh(&outbound);
+        let routes = outbound.services.routes();
+        for target in routes.iter().flat_map(|route| route.live().targets.clone()) {
+            if target.origin == Origin::Remote && lost.contains(&target.key.cluster) {
+                target.pool.doubt(gateway);
+            }
+        }
         if state.draining {
             sweep(&outbound, &outbound.services.routes());
         }
