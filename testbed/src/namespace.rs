@@ -2,7 +2,8 @@
 //! thread inside, a device. So nothing is left behind, whatever ends the process that made it.
 
 use std::fs::File;
-use std::path::Path;
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
@@ -34,6 +35,11 @@ impl Namespace {
         let path = Path::new("/run/netns").join(name);
         let file = File::open(&path).with_context(|| format!("no network namespace {}", path.display()))?;
         Ok(Self(Arc::new(file)))
+    }
+
+    /// A path by which `nsenter` and `ip` find it, for as long as this value lives.
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()).into()
     }
 
     /// Runs `work` inside. Sockets belong to the namespace in which they were made, and child processes to

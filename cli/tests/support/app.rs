@@ -34,7 +34,10 @@ pub async fn http(name: &'static str) -> App {
 }
 
 pub async fn http_at(name: &'static str, address: SocketAddr) -> App {
-    let listener = TcpListener::bind(address).await.unwrap();
+    http_on(name, TcpListener::bind(address).await.unwrap())
+}
+
+pub fn http_on(name: &'static str, listener: TcpListener) -> App {
     let address = listener.local_addr().unwrap();
     let serve = async move {
         let mut connections = tokio::task::JoinSet::new();

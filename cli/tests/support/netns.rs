@@ -1,17 +1,11 @@
-//! Network namespaces of a test's own. Each lives exactly as long as one child process of the test, which ends with
-//! the test however that ends, so nothing is ever left behind: no named namespace, no interface, no rule.
+//! Network namespaces of a test's own, which leave nothing behind: no named namespace, no interface, no rule.
 
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsFd;
-use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 
-use nix::sched::{CloneFlags, setns};
-
-/// An empty network namespace with its loopback up.
-pub struct Namespace {
-    holder: Child,
-}
+/// The testbed's namespace, with what a test does in one.
+pub struct Namespace(pub tombolo_testbed::Namespace);
 
 /// What a namespaced test needs beside root; `None` skips the test by name, unless everything must run.
 pub fn permitted(tools: &[&str]) -> Option<()> {
@@ -30,37 +24,13 @@ pub fn permitted(tools: &[&str]) -> Option<()> {
 
 impl Namespace {
     pub fn new() -> Self {
-        // `cat` ends when this process's end of its standard input closes, by a kill too.
-        let holder = Command::new("unshare")
-            .args(["--net", "cat"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("unshare starts");
-        let namespace = Self { holder };
-        let own = std::fs::read_link("/proc/self/ns/net").unwrap();
-        let deadline = std::time::Instant::now() + super::PATIENCE;
-        while std::fs::read_link(namespace.path()).map_or(true, |there| there == own) {
-            assert!(std::time::Instant::now() < deadline, "no namespace was made; may this process make one?");
-            std::thread::sleep(std::time::Duration::from_millis(2));
-        }
-        namespace.ip(&["link", "set", "lo", "up"]);
-        namespace
+        Self(tombolo_testbed::Namespace::new().expect("root may make a network namespace"))
     }
 
-    fn path(&self) -> PathBuf {
-        format!("/proc/{}/ns/net", self.holder.id()).into()
-    }
-
-    /// A command line that runs `program` in here.
-    pub fn enter(&self, program: &str) -> Vec<String> {
-        vec!["nsenter".into(), format!("--net={}", self.path().display()), program.into()]
-    }
-
+    /// Runs `program` in here.
     pub fn command(&self, program: &str) -> Command {
-        let line = self.enter(program);
-        let mut command = Command::new(&line[0]);
-        command.args(&line[1..]).stdin(Stdio::null());
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.0.path().display())).arg(program).stdin(Stdio::null());
         command
     }
 
@@ -72,7 +42,7 @@ impl Namespace {
     }
 
     pub fn ip(&self, arguments: &[&str]) {
-        self.run("ip", arguments);
+        self.0.ip(arguments).unwrap();
     }
 
     /// Runs `curl` as another user than everything of tombolo.
@@ -83,30 +53,20 @@ impl Namespace {
         command.args(arguments).output().unwrap()
     }
 
-    /// Does something in here that makes sockets: they stay in this namespace wherever they are used.
-    pub fn within<T: Send>(&self, make: impl FnOnce() -> T + Send) -> T {
-        let namespace = std::fs::File::open(self.path()).unwrap();
-        std::thread::scope(|scope| {
-            let made = scope.spawn(move || {
-                setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).expect("root may enter a namespace");
-                make()
-            });
-            made.join().unwrap()
-        })
+    /// The same with a `resolv.conf` of its own.
+    pub fn curl_resolving(&self, uid: u32, resolv_conf: &Path, arguments: &[&str]) -> Output {
+        let script = "mount --bind \"$1\" /etc/resolv.conf && shift && exec setpriv --clear-groups --reuid \"$0\" \
+                      --regid \"$0\" curl -sS -m 10 \"$@\"";
+        let mut command = self.command("unshare");
+        command.args(["--mount", "sh", "-c", script, &uid.to_string()]).arg(resolv_conf);
+        command.args(arguments).output().unwrap()
     }
 
     /// A listener in here that is served by the test's own runtime.
     pub fn listen(&self, address: SocketAddr) -> tokio::net::TcpListener {
-        let listener = self.within(|| std::net::TcpListener::bind(address)).unwrap();
+        let listener = self.0.within(|| std::net::TcpListener::bind(address)).unwrap().unwrap();
         listener.set_nonblocking(true).unwrap();
         tokio::net::TcpListener::from_std(listener).unwrap()
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = self.holder.kill();
-        let _ = self.holder.wait();
     }
 }
 
@@ -119,7 +79,7 @@ pub struct End<'a> {
 /// Ties two namespaces together; each end gets its addresses (with prefix), and sends what it knows no other way
 /// for to the other end.
 pub fn tie(name: &str, a: End<'_>, b: End<'_>) {
-    let peer = b.namespace.holder.id().to_string();
+    let peer = b.namespace.0.path().display().to_string();
     a.namespace.ip(&["link", "add", name, "type", "veth", "peer", "name", name, "netns", &peer]);
     for end in [&a, &b] {
         for address in end.addresses {
