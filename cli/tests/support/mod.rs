@@ -181,6 +181,15 @@ pub fn tools() -> PathBuf {
     std::env::var_os("TOMBOLO_TEST_TOOLS").map_or_else(|| here.join("../target/test-tools"), PathBuf::from)
 }
 
+/// Programs that a test runs; `None` skips it by name when one is missing, unless everything must run.
+pub fn installed(tools: &[&str]) -> Option<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is_here = |tool: &str| std::env::split_paths(&path).any(|folder| folder.join(tool).is_file());
+    let Some(missing) = tools.iter().find(|tool| !is_here(tool)) else { return Some(()) };
+    skip(&format!("{missing} (Debian: iproute2, util-linux, nftables, iptables, curl, bind9-dnsutils)"));
+    None
+}
+
 /// Says by name what a test was skipped for; a failure where everything must run.
 pub fn skip(needs: &str) {
     assert!(std::env::var_os("TOMBOLO_REQUIRE_ALL").is_none(), "this test needs {needs}");

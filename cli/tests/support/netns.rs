@@ -9,12 +9,7 @@ pub struct Namespace(pub tombolo_testbed::Namespace);
 
 /// What a namespaced test needs beside root; `None` skips the test by name, unless everything must run.
 pub fn permitted(tools: &[&str]) -> Option<()> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let installed = |tool: &&&str| std::env::split_paths(&path).any(|folder| folder.join(tool).is_file());
-    if let Some(missing) = ["ip", "nsenter", "unshare", "setpriv"].iter().chain(tools).find(|tool| !installed(tool)) {
-        super::skip(&format!("{missing} (Debian: iproute2, util-linux, nftables, iptables, curl)"));
-        return None;
-    }
+    super::installed(&[&["ip", "nsenter", "unshare", "setpriv"], tools].concat())?;
     if !nix::unistd::geteuid().is_root() {
         super::skip("root, to make network namespaces");
         return None;
