@@ -1,7 +1,8 @@
 //! The local application dies, or hangs, under load that never stops: which requests fail, and how long
-//! until the other cluster answers all of them.
+//! until the other cluster answers all of them. Then whatever else can fail, between two clusters with a link.
 
 mod load;
+mod matrix;
 
 use std::time::{Duration, Instant};
 
@@ -95,11 +96,18 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         bars.push(Bar::new(name, Want::AtMost(0.0), Some(failed_between as f64)));
     }
     mesh.stop().await;
+    let skipped = tombolo_kind_tests::lacks();
+    match &skipped {
+        None => matrix::run(binary, options.faults.unwrap_or(FAULTS), &mut figures, &mut bars).await?,
+        Some(lack) => eprintln!("failover: no matrix of faults, for that needs {lack}"),
+    }
     let method = json!({
         "faults": options.faults.unwrap_or(FAULTS), "requestsPerSecond": RATE, "connections": CONNECTIONS,
         "deadlineMs": DEADLINE.as_millis(), "perTryTimeout": PER_TRY_TIMEOUT, "promptMs": PROMPT.as_millis(),
+        "matrixSkippedForLackOf": skipped, "matrixPromptMs": tombolo_kind_tests::chaos::PROMPT.as_millis(),
         "note": "open loop; a request that is late has failed; `settled` is the time from the fault to the begin of \
-                 the last request that failed or was not answered promptly; all requests are GET",
+                 the last request that failed or was not answered promptly; all requests are GET; the matrix runs with \
+                 the default configuration, half of the traffic crossing a link of 2 ms each way",
     });
     Report::new("failover", method, options.versions()?, figures, bars)?.publish(&options.results)
 }

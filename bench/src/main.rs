@@ -34,7 +34,7 @@ enum Command {
     Chain(Given),
     /// Resident memory of each role, idle and with a thousand connections.
     Memory(Given),
-    /// Requests that fail while the local application is killed or stopped.
+    /// Requests that fail while an application, a sidecar, a gateway, a link or a cluster does.
     Failover(Given),
     /// Time from the demo's start to its first crossing request.
     Demo(Given),
