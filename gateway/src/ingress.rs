@@ -30,9 +30,9 @@ use crate::tunnel::streams::{self, HOPS_MAX, OpenFailure, OpenedLeg};
 
 /// A TLS server answers a ClientHello at once.
 const FIRST_BYTE_WITHIN: Duration = Duration::from_secs(5);
-/// How long a leg waits for a tunnel that is suspect. Long enough for a redial, short enough that the
-/// sidecar can still go elsewhere.
-const SUSPECT_WAIT: Duration = Duration::from_millis(500);
+/// How long a leg waits for a tunnel that is suspect. Long enough for a redial on a short path, short enough that the
+/// sidecar, which may have another gateway or cluster, is told before it overtakes this gateway.
+const SUSPECT_WAIT: Duration = Duration::from_millis(150);
 const TUNNELS_TRIED_MAX: usize = 3;
 /// After which a sidecar may try again when nothing else is said.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
