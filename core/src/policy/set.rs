@@ -1,10 +1,10 @@
 //! All resources of a source that decide about requests, and which of them speak of a service.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Resource;
-use super::access::AccessPolicy;
+use super::access::{AccessAction, AccessPolicy, AccessSpec, Mode, Rule};
 use super::route::Route;
 use super::traffic::TrafficPolicy;
 use crate::id::{Namespace, ServiceName};
@@ -51,29 +51,53 @@ pub struct PolicySet {
 
 impl PolicySet {
     /// `policies` in the order in which they are to be told, each resource once. Yields those that there is no room
-    /// for, too: they are not in the set.
+    /// for, too: they are not in the set. In the place of an enforced [`AccessPolicy`] among them stands one that
+    /// refuses everybody: what it would have refused is not known any more.
     pub fn new(policies: Vec<Policy>) -> (Self, Vec<Policy>) {
         let (mut set, mut left_out) = (Self::default(), Vec::new());
         for policy in policies {
-            if set.count == POLICIES_MAX || !set.has_room(&policy) {
-                left_out.push(policy);
+            if set.count < POLICIES_MAX && set.has_room(&policy) {
+                set.count += 1;
+                set.put(policy);
                 continue;
             }
-            set.count += 1;
-            let services = policy.services();
-            if services.is_empty() {
-                set.of_namespace.entry(policy.resource().namespace.clone()).or_default().push(policy);
-                continue;
+            if let Policy::Access(access) = &policy
+                && access.spec.mode == Mode::Enforce
+            {
+                set.close(access);
             }
-            for service in services {
-                let known = set.of_service.entry(service.clone()).or_default();
-                // A route may name one service twice, with two ports.
-                if known.last() != Some(&policy) {
-                    known.push(policy.clone());
-                }
-            }
+            left_out.push(policy);
         }
         (set, left_out)
+    }
+
+    fn put(&mut self, policy: Policy) {
+        let services = policy.services();
+        if services.is_empty() {
+            self.of_namespace.entry(policy.resource().namespace.clone()).or_default().push(policy);
+            return;
+        }
+        for service in services {
+            let known = self.of_service.entry(service.clone()).or_default();
+            // A route may name one service twice, with two ports.
+            if known.last() != Some(&policy) {
+                known.push(policy.clone());
+            }
+        }
+    }
+
+    /// Refuses every caller of what `policy` selects. Once for each service, however many are left out.
+    fn close(&mut self, policy: &AccessPolicy) {
+        let spec = AccessSpec { action: AccessAction::Deny, mode: Mode::Enforce, rules: vec![Rule::default()] };
+        let closed = |known: &Vec<Policy>| matches!(known.last(), Some(Policy::Access(last)) if last.spec == spec);
+        let open = |target: &&ServiceName| !self.of_service.get(*target).is_some_and(closed);
+        let targets: BTreeSet<ServiceName> = policy.targets.iter().filter(open).cloned().collect();
+        let namespace = self.of_namespace.get(&policy.resource.namespace);
+        let done = if policy.targets.is_empty() { namespace.is_some_and(closed) } else { targets.is_empty() };
+        if !done {
+            let resource = policy.resource.clone();
+            self.put(Policy::Access(Arc::new(AccessPolicy { resource, targets, spec })));
+        }
     }
 
     fn has_room(&self, policy: &Policy) -> bool {
@@ -133,7 +157,6 @@ pub fn leading<'a>(policies: impl IntoIterator<Item = &'a Policy>) -> Option<&'a
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::Kind;
-    use super::super::access::AccessSpec;
     use super::super::route::Parent;
     use super::super::traffic::TrafficSpec;
     use super::*;
@@ -144,7 +167,7 @@ mod tests {
         Resource::new(kind, namespace.parse().unwrap(), name).unwrap()
     }
 
-    fn names(targets: &[&str]) -> std::collections::BTreeSet<ServiceName> {
+    fn names(targets: &[&str]) -> BTreeSet<ServiceName> {
         targets.iter().map(|target| target.parse().unwrap()).collect()
     }
 
@@ -199,8 +222,34 @@ mod tests {
     fn what_finds_no_room_is_left_out_and_named() {
         let many = |n: usize| (0..n).map(|n| access(&format!("shop/p{n:03}"), &["shop/web"])).collect::<Vec<_>>();
         let (set, left_out) = PolicySet::new(many(OF_SERVICE_MAX + 2));
-        assert_eq!(set.delivered(&"shop/web".parse().unwrap()).len(), OF_SERVICE_MAX);
         assert_eq!(told(left_out), ["AccessPolicy shop/p032", "AccessPolicy shop/p033"]);
+        assert_eq!(set.len(), OF_SERVICE_MAX);
+        // What they would have refused is not known, so everybody is refused, once for all that were left out.
+        let delivered = set.delivered(&"shop/web".parse().unwrap());
+        assert_eq!(delivered.len(), OF_SERVICE_MAX + 1);
+        let Some(Policy::Access(last)) = delivered.last() else { panic!("{delivered:?}") };
+        assert_eq!(last.spec.action, AccessAction::Deny);
+        assert_eq!((last.spec.rules.as_slice(), last.spec.mode), ([Rule::default()].as_slice(), Mode::Enforce));
+        assert!(set.delivered(&"shop/other".parse().unwrap()).is_empty());
+    }
+
+    #[test]
+    fn a_namespace_is_closed_too_and_routes_and_audits_close_nothing() {
+        let everywhere = |n: usize| (0..n).map(|n| access(&format!("shop/p{n:03}"), &[])).collect::<Vec<_>>();
+        let (set, _) = PolicySet::new(everywhere(OF_SERVICE_MAX + 2));
+        assert_eq!(set.delivered(&"shop/any".parse().unwrap()).len(), OF_SERVICE_MAX + 1);
+        assert!(set.delivered(&"pay/any".parse().unwrap()).is_empty());
+
+        let web: ServiceName = "shop/web".parse().unwrap();
+        let routes = (0..OF_SERVICE_MAX + 2).map(|n| route(&format!("shop/r{n:03}"), &["shop/web"])).collect();
+        let (set, left_out) = PolicySet::new(routes);
+        assert_eq!((left_out.len(), set.delivered(&web).len()), (2, 0));
+        let mut audited = everywhere(OF_SERVICE_MAX + 2);
+        for policy in &mut audited {
+            let Policy::Access(access) = policy else { panic!("{policy:?}") };
+            Arc::make_mut(access).spec.mode = Mode::Audit;
+        }
+        assert_eq!(PolicySet::new(audited).0.delivered(&web).len(), OF_SERVICE_MAX);
     }
 
     #[test]

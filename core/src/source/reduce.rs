@@ -289,12 +289,16 @@ impl Reduction<'_> {
 
     fn policies(&mut self, sorted: &Sorted<'_>) -> PolicySet {
         let (set, left_out) = PolicySet::new(sorted.policies.values().map(|(_, policy)| (*policy).clone()).collect());
-        for policy in left_out {
+        for policy in &left_out {
             let resource = policy.resource();
             if let Some((place, _)) = sorted.policies.get(resource) {
+                let closed = match policy {
+                    Policy::Access(_) => "; what it would refuse is not known, so everybody is refused there",
+                    Policy::Route(_) | Policy::Traffic(_) => "",
+                };
                 let reason = format!(
                     "{resource} is left out: there are more than {POLICIES_MAX} routes and policies, or more than \
-                     {OF_SERVICE_MAX} of its kind for one service"
+                     {OF_SERVICE_MAX} of its kind for one service{closed}"
                 );
                 self.report(place, reason);
             }
