@@ -9,6 +9,7 @@ mod crd;
 pub mod mcs;
 mod policy;
 mod read;
+mod route;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -23,14 +24,17 @@ use serde::{Deserialize, Serialize};
 use tombolo_core::id::{ClusterId, TrustDomain};
 use tombolo_core::model::ServiceSelector;
 use tombolo_core::policy::access::DefaultAccess;
+use tombolo_core::policy::matching::{GrpcMatch, HttpMatch};
 use tombolo_core::policy::set::Policy;
 
 pub use convert::declared;
 pub use crd::definitions;
 pub use read::{DOCUMENTS_MAX, Document, Unreadable, documents};
+pub use route::WrittenRoute;
 pub use value::from_value;
 
 pub const MULTICLUSTER_GROUP: &str = "multicluster.x-k8s.io";
+pub const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";
 pub const TOMBOLO_GROUP: &str = "tombolo.dev";
 /// The accounts of a Service's namespace that may serve it, separated by commas.
 pub const SERVICE_ACCOUNTS_ANNOTATION: &str = "tombolo.dev/service-accounts";
@@ -149,6 +153,8 @@ pub enum Resource {
     EndpointSlice(Box<EndpointSlice>),
     ServiceExport(Box<ServiceExport>),
     ClusterPeer(Box<ClusterPeer>),
-    /// A route or policy, in the form in which it is decided.
+    HttpRoute(Box<WrittenRoute<HttpMatch>>),
+    GrpcRoute(Box<WrittenRoute<GrpcMatch>>),
+    /// A policy, in the form in which it is decided.
     Policy(Box<Policy>),
 }

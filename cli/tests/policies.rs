@@ -81,3 +81,54 @@ async fn default_access_deny_refuses_whom_no_policy_allows() {
     curl_until(proxy, WEB, "web-in-east").await;
     east.stop().await;
 }
+
+fn route(version: &str) -> String {
+    let import = "group: multicluster.x-k8s.io, kind: ServiceImport";
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: web, namespace: shop}}\nspec:\n  \
+         parentRefs: [{{{import}, name: web}}]\n  rules:\n  \
+         - matches: [{{headers: [{{name: x-version, value: {version}}}]}}]\n    \
+           backendRefs: [{{{import}, name: canary, port: 80}}]\n  \
+         - backendRefs: [{{{import}, name: web, port: 80}}]\n"
+    )
+}
+
+#[tokio::test]
+async fn a_route_sends_some_requests_to_another_service_and_its_edit_takes_effect_at_once() {
+    let world = World::new().await;
+    let (mut east, mut west) = tokio::join!(world.cluster("east"), world.cluster("west"));
+    let (web, canary) = (app::http("web-in-west").await, app::http("canary-in-west").await);
+    serve(&mut west, "web", "http", "http", web.address).await;
+    serve(&mut west, "canary", "http", "http", canary.address).await;
+    link(&west, &east).await;
+    for service in ["web.shop", "canary.shop"] {
+        west.operator(&["export", service]).await.unwrap();
+    }
+    east.write_resource("route.yaml", &route("next")).unwrap();
+    let proxy = start_caller(&mut east).await;
+    curl_until(proxy, WEB, "web-in-west").await;
+    let versioned = async |version: &str, wanted: &str| {
+        let header = format!("x-version: {version}");
+        until("the route to be in force", async || {
+            curl(proxy, &["-H", &header, WEB]).await.body.starts_with(wanted).then_some(())
+        })
+        .await;
+    };
+    versioned("next", "canary-in-west").await;
+    assert!(curl(proxy, &[WEB]).await.body.starts_with("web-in-west"));
+    east.write_resource("route.yaml", &route("beta")).unwrap();
+    versioned("beta", "canary-in-west").await;
+    assert!(curl(proxy, &["-H", "x-version: next", WEB]).await.body.starts_with("web-in-west"));
+
+    // A filter that is not known would let requests pass unchanged, so the route is refused, and the last good one stays.
+    let wrong = route("gamma").replace("    backendRefs", "    filters: [{type: Polish}]\n    backendRefs");
+    east.write_resource("route.yaml", &wrong).unwrap();
+    let problem = until("the problem to be reported", async || {
+        east.status().await.ok()?["problems"].as_array()?.first().cloned()
+    })
+    .await;
+    let reason = problem["reason"].as_str().unwrap();
+    assert!(reason.contains("HTTPRoute shop/web: spec.rules[0].filters[0]"), "{reason}");
+    versioned("beta", "canary-in-west").await;
+    tokio::join!(east.stop(), west.stop());
+}

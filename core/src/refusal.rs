@@ -69,6 +69,10 @@ refusals! {
     CircuitOpen = "circuit-open", "as much of this service is under way from here as its circuit breaker allows at once";
     /// The rate limit of the service's policy.
     RateLimited = "rate-limited", "the rate limit of the service is reached; see its TrafficPolicy";
+    /// No rule of the routes is for the request.
+    NoRoute = "no-route", "the service has routes, and none of their rules is for this request; see its HTTPRoute or GRPCRoute";
+    /// The rule that is for the request sends it nowhere.
+    NoBackend = "no-backend", "the route for this request names no backend that exists and has a weight";
     /// A stalled leg was reset to give memory back.
     Stalled = "stalled", "the receiver had stopped reading, and the memory budget for waiting bytes was used up";
     /// The certificate is absent.

@@ -3,7 +3,7 @@
 use k8s_openapi::api::core::v1::{Service, ServicePort as KubernetesPort};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use tombolo_core::id::{InstanceName, InvalidName, ServiceName};
+use tombolo_core::id::{ClusterId, InstanceName, InvalidName, ServiceName};
 use tombolo_core::invitation::is_address;
 use tombolo_core::model::{AppProtocol, Authority, ServicePort, SessionAffinity, Transport};
 use tombolo_core::source::declared::{
@@ -12,7 +12,7 @@ use tombolo_core::source::declared::{
 
 use super::{
     ClusterPeer, DEFAULT_NAMESPACE, Resource, SERVICE_ACCOUNTS_ANNOTATION, SERVICE_NAME_LABEL, ServiceExport,
-    WEIGHT_ANNOTATION,
+    WEIGHT_ANNOTATION, route,
 };
 
 /// Largest weight of an endpoint.
@@ -20,15 +20,19 @@ const WEIGHT_MAX: u32 = 1_000;
 /// Ports read from one Service (Kubernetes' own limit for a slice).
 const PORTS_MAX: usize = 100;
 
-/// What a resource declares, or the reason why it can't, in words for its author.
-pub fn declared(resource: Resource) -> Result<Object, String> {
-    match resource {
+/// What a resource of the cluster `own` declares, or the reason why it can't, in words for its author. `None` for
+/// one that is nobody's affair here, such as a route of a gateway.
+pub fn declared(resource: Resource, own: &ClusterId) -> Result<Option<Object>, String> {
+    let object = match resource {
+        Resource::HttpRoute(written) => return Ok(route::route(*written, own)?.map(Object::Policy)),
+        Resource::GrpcRoute(written) => return Ok(route::route(*written, own)?.map(Object::Policy)),
         Resource::Service(service) => service_of(*service).map(Object::Service),
         Resource::EndpointSlice(slice) => slice_of(*slice).map(Object::Slice),
         Resource::ServiceExport(export) => export_of(&export).map(Object::Export),
         Resource::ClusterPeer(peer) => peer_of(*peer).map(Object::Peer),
         Resource::Policy(policy) => Ok(Object::Policy(*policy)),
-    }
+    };
+    object.map(Some)
 }
 
 fn service_of(service: Service) -> Result<DeclaredService, String> {

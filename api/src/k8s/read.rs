@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::{MULTICLUSTER_GROUP, Resource, TOMBOLO_GROUP, policy};
+use super::{GATEWAY_GROUP, MULTICLUSTER_GROUP, Resource, TOMBOLO_GROUP, policy};
 
 /// Documents read from one file.
 pub const DOCUMENTS_MAX: usize = 1_000;
@@ -101,12 +101,19 @@ fn dispatch(raw: &Raw) -> Result<Option<Resource>, Unreadable> {
             Resource::ServiceExport(raw.parse()?)
         }
         ("tombolo.dev/v1alpha1", "ClusterPeer") => Resource::ClusterPeer(raw.parse()?),
+        ("gateway.networking.k8s.io/v1" | "gateway.networking.k8s.io/v1beta1", "HTTPRoute") => {
+            Resource::HttpRoute(raw.parse()?)
+        }
+        ("gateway.networking.k8s.io/v1", "GRPCRoute") => Resource::GrpcRoute(raw.parse()?),
         ("tombolo.dev/v1alpha1", "AccessPolicy") => Resource::Policy(Box::new(policy::access(raw)?)),
         ("tombolo.dev/v1alpha1", "TrafficPolicy") => Resource::Policy(Box::new(policy::traffic(raw)?)),
         ("v1", "List") => return Err(unreadable("List is not read; write its items as documents of their own".into())),
         // A known kind under another version would otherwise be left out without a word.
         (_, "Service" | "EndpointSlice" | "ServiceExport" | "ClusterPeer" | "AccessPolicy" | "TrafficPolicy") => {
             return Err(unreadable(format!("{kind} is not read as {version}; use {}", version_of(&kind))));
+        }
+        (_, "HTTPRoute" | "GRPCRoute") if group == GATEWAY_GROUP => {
+            return Err(unreadable(format!("{kind} is not read as {version}; use {GATEWAY_GROUP}/v1")));
         }
         _ if group == TOMBOLO_GROUP => {
             let known = "ClusterPeer, AccessPolicy and TrafficPolicy";

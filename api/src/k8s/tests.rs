@@ -50,9 +50,13 @@ spec:
   imports: [shop, 'data/db']
 ";
 
+fn east() -> ClusterId {
+    "east".parse().unwrap()
+}
+
 fn objects(text: &str) -> Vec<(u32, Object)> {
     let read = documents(text).unwrap();
-    read.into_iter().map(|document| (document.line, declared(document.resource).unwrap())).collect()
+    read.into_iter().map(|document| (document.line, declared(document.resource, &east()).unwrap().unwrap())).collect()
 }
 
 #[test]
@@ -85,7 +89,7 @@ fn refused(text: &str) -> (u32, String) {
         Err(wrong) => (wrong[0].line, wrong[0].reason.clone()),
         Ok(read) => {
             let document = read.into_iter().next().expect("a document was read");
-            (document.line, declared(document.resource).expect_err("it should be refused"))
+            (document.line, declared(document.resource, &east()).expect_err("it should be refused"))
         }
     }
 }
@@ -212,7 +216,7 @@ proptest! {
     #[test]
     fn no_yaml_like_text_makes_it_panic(text in "(apiVersion: v1\nkind: Service\n)?([-a-z{}\\[\\]&*|>!%:, '\"\t]{0,20}\n){0,12}") {
         for document in documents(&text).into_iter().flatten() {
-            let _ = declared(document.resource);
+            let _ = declared(document.resource, &east());
         }
     }
 
@@ -264,4 +268,88 @@ spec:
     assert_eq!(traffic.resource.to_string(), "TrafficPolicy default/web");
     assert_eq!(traffic.created.to_string(), "2026-01-02T03:04:05Z");
     assert_eq!(traffic.spec.rate_limit.map(|limit| limit.burst()), Some(5));
+}
+
+const HTTP_ROUTE: &str = "apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: shop}
+spec:
+  parentRefs:
+  - {name: public}
+  - {group: '', kind: Service, name: web, port: 80}
+  - {group: multicluster.x-k8s.io, kind: ServiceImport, namespace: data, name: db}
+  aFieldOfALaterRelease: true
+  rules:
+  - name: next
+    matches: [{path: {type: Exact, value: /cart}, method: GET}]
+    filters:
+    - {type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: X-A, value: b}]}}
+    backendRefs:
+    - {name: web, port: 80, weight: 3}
+    - {group: multicluster.x-k8s.io, kind: ServiceImport, name: canary, port: 80}
+    timeouts: {request: 1s}
+    retry: {attempts: 2, codes: [503]}
+";
+
+#[test]
+fn a_route_speaks_of_the_services_among_its_parents() {
+    let [(_, Object::Policy(Policy::Route(route)))] = &objects(HTTP_ROUTE)[..] else { panic!("no route") };
+    let parents: Vec<_> = route.parents.iter().map(|parent| (parent.service.to_string(), parent.port)).collect();
+    assert_eq!(parents, [("shop/web".to_owned(), Some(80)), ("data/db".to_owned(), None)]);
+    let rule = &route.rules[0];
+    assert_eq!(rule.filters.request_headers.set, [("x-a".to_owned(), "b".to_owned())]);
+    // A Service is this cluster's, a ServiceImport everybody's.
+    let backends: Vec<_> = rule.backends.iter().map(|of| (of.service.name(), of.cluster.clone(), of.weight)).collect();
+    assert_eq!(backends, [("web", Some(east()), 3), ("canary", None, 1)]);
+    assert_eq!(rule.retry.as_ref().and_then(|retry| retry.attempts), Some(2));
+}
+
+#[test]
+fn a_route_of_gateways_alone_is_nobodys_affair_here() {
+    let text = HTTP_ROUTE
+        .replace("kind: Service,", "kind: Gateway,")
+        .replace("kind: ServiceImport, namespace", "kind: Mesh, namespace");
+    for document in documents(&text).unwrap() {
+        assert_eq!(declared(document.resource, &east()), Ok(None));
+    }
+}
+
+#[test]
+fn a_route_that_would_do_something_else_than_it_says_is_refused_with_its_field() {
+    for (from, to, reason) in [
+        (
+            "type: RequestHeaderModifier,",
+            "type: RequestMirror,",
+            "spec.rules[0].filters[0].type: \"RequestMirror\" is not carried",
+        ),
+        (
+            "requestHeaderModifier: {set",
+            "urlRewrite: {set",
+            "spec.rules[0].filters[0].requestHeaderModifier: is missing",
+        ),
+        (
+            "name: web, port: 80}\n  - {group: mul",
+            "name: web, sectionName: http}\n  - {group: mul",
+            "spec.parentRefs[1].sectionName: name the port",
+        ),
+        ("  rules:", "  hostnames: [a.example]\n  rules:", "spec.hostnames: a route of a service has none"),
+        (
+            "- {name: web, port: 80, weight: 3}",
+            "- {group: x.example, kind: Bucket, name: b}",
+            "spec.rules[0].backendRefs[0].kind: \"Bucket\"",
+        ),
+        (
+            "value: b}",
+            "value: \"b\\nc\"}",
+            "spec.rules[0].filters[0].requestHeaderModifier.set[0].value: not a header's value",
+        ),
+        ("attempts: 2", "attempts: 99", "spec.rules[0].retry.attempts"),
+    ] {
+        let text = HTTP_ROUTE.replace(from, to);
+        assert_ne!(text, HTTP_ROUTE, "{from}");
+        let (_, got) = refused(&text);
+        assert!(got.starts_with(&format!("HTTPRoute shop/web: {reason}")), "{got}");
+    }
+    let (_, got) = refused(&HTTP_ROUTE.replace("k8s.io/v1\n", "k8s.io/v9\n"));
+    assert!(got.contains("use gateway.networking.k8s.io/v1"), "{got}");
 }

@@ -125,6 +125,18 @@ pub enum RequestMatch {
     Grpc(GrpcMatch),
 }
 
+impl From<HttpMatch> for RequestMatch {
+    fn from(of: HttpMatch) -> Self {
+        RequestMatch::Http(of)
+    }
+}
+
+impl From<GrpcMatch> for RequestMatch {
+    fn from(of: GrpcMatch) -> Self {
+        RequestMatch::Grpc(of)
+    }
+}
+
 impl RequestMatch {
     /// # Errors
     /// The first part that the request does not satisfy.

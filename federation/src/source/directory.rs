@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use tombolo_api::k8s;
+use tombolo_core::id::ClusterId;
 use tombolo_core::source::SourceProblem;
 use tombolo_core::source::declared::{Declared, Object, Place};
 use tombolo_trust::bundle::Bundle;
@@ -27,6 +28,7 @@ const SETTLED_AFTER: Duration = Duration::from_secs(2);
 /// The directory as it was last read.
 pub struct Directory {
     root: PathBuf,
+    cluster: ClusterId,
     files: BTreeMap<PathBuf, KnownFile>,
 }
 
@@ -77,8 +79,8 @@ impl Stamp {
 }
 
 impl Directory {
-    pub fn new(root: PathBuf) -> Self {
-        Self { root, files: BTreeMap::new() }
+    pub fn new(root: PathBuf, cluster: ClusterId) -> Self {
+        Self { root, cluster, files: BTreeMap::new() }
     }
 
     /// Reads what has changed. Whatever can't be read keeps its last good content, and is reported.
@@ -100,7 +102,7 @@ impl Directory {
             if file.stamp != Some(stamp) || !file.settled || file.emptied.is_some() {
                 file.settled = stamp.is_settled(wall);
                 file.stamp = Some(stamp);
-                file.read(&self.root.join(path), path, now);
+                file.read(&self.root.join(path), path, &self.cluster, now);
             }
         }
         for file in self.files.values() {
@@ -114,7 +116,7 @@ impl Directory {
 }
 
 impl KnownFile {
-    fn read(&mut self, path: &Path, relative: &Path, now: Instant) {
+    fn read(&mut self, path: &Path, relative: &Path, cluster: &ClusterId, now: Instant) {
         let content = match content_of(path) {
             Ok(content) => content,
             Err(reason) => return self.refuse(relative, vec![(0, reason)]),
@@ -125,7 +127,7 @@ impl KnownFile {
                 return;
             }
         }
-        match parse(&content, relative) {
+        match parse(&content, relative, cluster) {
             Ok(objects) => *self = Self { objects, stamp: self.stamp, settled: self.settled, ..Self::default() },
             Err(wrong) => self.refuse(relative, wrong),
         }
@@ -163,14 +165,15 @@ fn content_of(path: &Path) -> Result<String, String> {
     String::from_utf8(octets).map_err(|_| "is not UTF-8 text".into())
 }
 
-fn parse(text: &str, relative: &Path) -> Result<Vec<Declared>, Vec<(u32, String)>> {
+fn parse(text: &str, relative: &Path, cluster: &ClusterId) -> Result<Vec<Declared>, Vec<(u32, String)>> {
     let documents = k8s::documents(text)
         .map_err(|wrong| wrong.into_iter().map(|one| (one.line, one.reason)).collect::<Vec<_>>())?;
     let file: Arc<str> = relative.to_string_lossy().into();
     let (mut objects, mut wrong) = (Vec::new(), Vec::new());
     for k8s::Document { line, resource } in documents {
-        match k8s::declared(resource).and_then(checked) {
-            Ok(object) => objects.push(Declared { place: Place { file: file.clone(), line }, object }),
+        match k8s::declared(resource, cluster).and_then(|object| object.map(checked).transpose()) {
+            Ok(None) => {}
+            Ok(Some(object)) => objects.push(Declared { place: Place { file: file.clone(), line }, object }),
             Err(reason) => wrong.push((line, reason)),
         }
     }

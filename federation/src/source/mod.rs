@@ -121,7 +121,7 @@ impl SourceHandle {
 pub async fn start(settings: SourceSettings, store: Store) -> SourceHandle {
     let (commands, received) = mpsc::channel(COMMANDS_MAX);
     let (changed, state) = latest::channel(Arc::default());
-    let directory = Some(Directory::new(settings.directory.clone()));
+    let directory = Some(Directory::new(settings.directory.clone(), settings.cluster.clone()));
     let mut source = Source { settings, store, directory, objects: Vec::new(), again: None, changed };
     source.scan().await;
     tokio::spawn(source.run(received));

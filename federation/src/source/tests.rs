@@ -185,7 +185,7 @@ fn scan(directory: &mut Directory, now: Instant) -> Reading {
 fn an_emptied_file_keeps_its_content_until_it_is_meant() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("web.yaml");
-    let mut directory = Directory::new(folder.path().into());
+    let mut directory = Directory::new(folder.path().into(), "east".parse().unwrap());
     let now = Instant::now();
     fs::write(&file, service("web", 80)).unwrap();
     assert_eq!(scan(&mut directory, now).objects.len(), 1);
@@ -210,7 +210,7 @@ fn odd_entries_neither_hold_up_nor_confuse_the_scan() {
     fs::create_dir(path("..data")).unwrap();
     fs::write(path("..data/web.yaml"), service("web", 80)).unwrap();
     symlink("..data/web.yaml", path("web.yaml")).unwrap();
-    let reading = scan(&mut Directory::new(folder.path().into()), Instant::now());
+    let reading = scan(&mut Directory::new(folder.path().into(), "east".parse().unwrap()), Instant::now());
     assert_eq!(reading.objects.len(), 1, "a linked file is read once: {reading:?}");
     let problems: BTreeSet<_> = reading.problems.iter().map(|problem| problem.file.as_str()).collect();
     assert_eq!(problems, ["binary.yaml", "dangling.yaml", "large.yaml", "pipe.yaml"].into());
@@ -222,7 +222,7 @@ fn the_number_of_files_is_bounded() {
     for n in 0..directory::FILES_MAX + 10 {
         fs::write(folder.path().join(format!("{n:05}.yaml")), "").unwrap();
     }
-    let reading = scan(&mut Directory::new(folder.path().into()), Instant::now());
+    let reading = scan(&mut Directory::new(folder.path().into(), "east".parse().unwrap()), Instant::now());
     assert_eq!(reading.problems.len(), 1);
     assert_eq!(reading.problems[0].file, format!("{:05}.yaml", directory::FILES_MAX));
 }

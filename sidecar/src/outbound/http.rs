@@ -6,13 +6,17 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Version, request};
 use http_body::Body;
+use http_body_util::Full;
 use hyper::body::Incoming;
 use tombolo_core::outlier::Outcome;
+use tombolo_core::policy::route::Backend;
+use tombolo_core::policy::table::Taken;
 use tombolo_core::refusal::Refusal;
-use tombolo_core::retry::{self, Exhausted, Progress, Verdict};
+use tombolo_core::retry::{self, Exhausted, Progress, Schedule, Verdict};
 use tombolo_core::routing::{EndpointKey, Pick, PickReason};
 use tombolo_core::trace::TraceParent;
 use tombolo_leg::http::{HttpLeg, LegHealth, RecvBody, SendErrorKind, StreamError, headers};
@@ -21,6 +25,7 @@ use tombolo_runtime::telemetry::{Kind, Span};
 use super::Outbound;
 use super::body::{BodySource, ResponseBody};
 use super::dial::{Blame, LegFailure};
+use super::policy::{self, Destination, Policies, Retrying};
 use super::refuse::{REFUSAL, Refused, is_grpc};
 use super::replay::RequestBody;
 use super::route::Route;
@@ -43,13 +48,51 @@ pub struct Caller {
 }
 
 /// A request that is ready to be tried.
-struct Outgoing {
+struct Outgoing<'a> {
     head: request::Parts,
     body: BodySource,
     idempotent: bool,
     began: Instant,
     /// The session that it belongs to, if the service keeps sessions together.
     session: Option<u64>,
+    retrying: Retrying<'a>,
+}
+
+/// What routes decided about a request.
+enum Chosen<'a> {
+    /// The way, unless it is that of the service itself, and by which rule.
+    Way(Option<Arc<Route>>, Option<(Taken<'a>, &'a Backend)>),
+    Answer(Response<Full<Bytes>>),
+}
+
+impl Default for Chosen<'_> {
+    fn default() -> Self {
+        Chosen::Way(None, None)
+    }
+}
+
+/// How a request is treated; the default where no policy speaks of it.
+struct Treated<'r, 't> {
+    way: Option<Arc<Route>>,
+    by: Option<(Taken<'r>, &'r Backend)>,
+    retrying: Retrying<'t>,
+    session: Option<u64>,
+}
+
+impl<'r: 't, 't> Treated<'r, 't> {
+    /// `traffic` is what speaks of the service at the end of the way.
+    fn new(
+        own: Schedule,
+        way: Option<Arc<Route>>,
+        by: Option<(Taken<'r>, &'r Backend)>,
+        traffic: Option<&'t Policies>,
+        request: &Request<Incoming>,
+    ) -> Self {
+        let rule = by.as_ref().map(|(taken, _)| taken.rule);
+        let retrying = Retrying::new(own, rule, traffic.and_then(Policies::traffic));
+        let session = traffic.and_then(|traffic| traffic.session(request.headers()));
+        Self { way, by, retrying, session }
+    }
 }
 
 /// A try that ended without a response.
@@ -109,6 +152,22 @@ impl Outbound {
             return tunnel::connect(self, request, &route, caller, span).await;
         }
         let explained = request.headers_mut().remove(&explain::ASK).is_some();
+        let policies = route.policies();
+        let chosen = match &policies {
+            Some(policies) => Box::pin(self.choose(policies, &route, &request)).await?,
+            None => Chosen::default(),
+        };
+        let (way, by) = match chosen {
+            Chosen::Way(way, by) => (way, by),
+            Chosen::Answer(response) => return Ok(response.map(ResponseBody::Own)),
+        };
+        let traffic = way.as_ref().map_or_else(|| policies.clone(), |way| way.policies());
+        let treated = Treated::new(self.schedule, way, by, traffic.as_deref(), &request);
+        if let Some(traffic) = &traffic
+            && let Some(response) = Box::pin(traffic.disturb(&request)).await
+        {
+            return Ok(response.map(ResponseBody::Own));
+        }
         // What only sidecars say to each other is not for applications to say.
         headers::strip_own(request.headers_mut());
         let (mut head, body, switching) = switch::Switching::begin(request)?;
@@ -121,17 +180,26 @@ impl Outbound {
             let value = HeaderValue::from_str(&context.to_string()).expect("hex digits and dashes");
             head.headers.insert(TRACEPARENT, value);
         }
+        if let Some((taken, backend)) = &treated.by {
+            policy::change_request(&mut head, taken, backend)?;
+        }
+        let way = treated.way.as_ref().unwrap_or(&route);
         let idempotent = switching.is_none() && retry::is_idempotent(head.method.as_str());
-        let session = route.session(caller.address.ip());
-        let outgoing = Outgoing { head, body, idempotent, began, session };
-        let answered =
-            self.try_all(&route, &outgoing, span.context()).await.inspect_err(|refused| span.error(refused))?;
+        let session = treated.session.or_else(|| way.session(caller.address.ip()));
+        let outgoing = Outgoing { head, body, idempotent, began, session, retrying: treated.retrying };
+        let answered = self.try_all(way, &outgoing, span.context()).await.inspect_err(|refused| span.error(refused))?;
         describe(&mut span, &answered);
         let Answered { mut response, flight, leg, pick, tries } = answered;
         // Of what the far side says in tombolo's name only a refusal counts here.
         headers::strip_own_but(response.headers_mut(), Some(&REFUSAL));
         if explained {
             explain::explain(response.headers_mut(), &flight.target, &leg, pick, tries);
+        }
+        if let Some((taken, backend)) = &treated.by {
+            policy::change_response(response.headers_mut(), taken.rule, backend);
+            if explained {
+                explain::route(response.headers_mut(), taken);
+            }
         }
         match switching.filter(|_| response.status().is_success()) {
             Some(switching) => {
@@ -140,6 +208,32 @@ impl Outbound {
             }
             None => Ok(response.map(|body| ResponseBody::Leg { body, under_way: Some((flight, span)) })),
         }
+    }
+
+    /// The rule for a request, and the way to its backend.
+    async fn choose<'a>(
+        &self,
+        policies: &'a Policies,
+        route: &Arc<Route>,
+        request: &Request<Incoming>,
+    ) -> Result<Chosen<'a>, Refused> {
+        let Some(taken) = policies.rule(request)? else { return Ok(Chosen::default()) };
+        let backend = match policy::destination(&taken, request, route.port)? {
+            Destination::Backend(backend) => backend,
+            Destination::Answer(response) => return Ok(Chosen::Answer(response)),
+        };
+        let port = backend.port.unwrap_or(route.port);
+        if backend.service == route.service && port == route.port && backend.cluster.is_none() {
+            return Ok(Chosen::Way(None, Some((taken, backend))));
+        }
+        let way = self.services.route_in(&backend.service, port, backend.cluster.as_ref()).await;
+        let way = way.map_err(|refused| match refused.refusal {
+            // What exists for nobody here is no backend (Gateway API: 500).
+            Refusal::UnknownService | Refusal::UnknownPort => Refused::new(Refusal::NoBackend, refused.detail),
+            _ => refused,
+        })?;
+        way.begin(Instant::now());
+        Ok(Chosen::Way(Some(way), Some((taken, backend))))
     }
 
     async fn route_of(&self, request: &Request<Incoming>, caller: &Caller) -> Result<Arc<Route>, Refused> {
@@ -182,27 +276,36 @@ impl Outbound {
     async fn try_all(
         self: &Arc<Self>,
         route: &Arc<Route>,
-        outgoing: &Outgoing,
+        outgoing: &Outgoing<'_>,
         trace: Option<TraceParent>,
     ) -> Result<Answered, Refused> {
+        let Retrying { schedule, backoff, .. } = outgoing.retrying;
         let mut tried: Vec<EndpointKey> = Vec::new();
         let mut number = 1;
-        let mut deadline = self.deadline(1, outgoing.began, Instant::now())?;
+        let mut deadline = until(schedule, 1, outgoing.began, Instant::now())?;
         loop {
             let (target, pick) =
                 route.pick(&tried, outgoing.session, Instant::now()).ok_or_else(|| no_endpoint(route))?;
-            if number > 1 && matches!(pick.reason, PickReason::Again | PickReason::LastResort) {
-                tokio::time::sleep(PAUSE * (1 << (number - 2).min(6))).await;
+            if number > 1 {
+                let again = matches!(pick.reason, PickReason::Again | PickReason::LastResort);
+                let pause = if again { PAUSE * (1 << (number - 2).min(6)) } else { Duration::ZERO };
+                tokio::time::sleep(pause.max(backoff)).await;
             }
             let flight = Flight::begin(target.clone(), route.breaker.requests.enter("requests")?);
-            let may_leave =
-                || number < self.schedule.tries && outgoing.is_replayable() && route.may_retry(Instant::now());
+            let may_leave = || number < schedule.tries && outgoing.is_replayable() && route.may_retry(Instant::now());
             let result = within(deadline, self.try_once(&target, outgoing, trace, may_leave)).await;
             let failure = match result {
                 Ok((response, _, _))
-                    if outgoing.idempotent && number < self.schedule.tries && is_misdelivered(&response) =>
+                    if outgoing.idempotent && number < schedule.tries && is_misdelivered(&response) =>
                 {
                     misdelivered(&response, &target)
+                }
+                Ok((response, _, after))
+                    if outgoing.is_tried_again(response.status())
+                        && until(schedule, number + 1, outgoing.began, Instant::now()).is_ok()
+                        && route.may_retry(Instant::now()) =>
+                {
+                    answered_badly(response.status(), after, &target)
                 }
                 Ok((response, leg, after)) => {
                     route.handle_outcome(&target, outcome_of(response.status(), after), Instant::now());
@@ -227,7 +330,7 @@ impl Outbound {
                 Verdict::Budgeted | Verdict::No(_) => return Err(failure.refused),
             }
             number += 1;
-            deadline = match self.deadline(number, outgoing.began, now) {
+            deadline = match until(schedule, number, outgoing.began, now) {
                 Ok(deadline) => deadline,
                 Err(_) => return Err(failure.refused),
             };
@@ -237,10 +340,7 @@ impl Outbound {
     }
 
     pub(super) fn deadline(&self, number: u32, began: Instant, now: Instant) -> Result<Option<Instant>, Refused> {
-        self.schedule.deadline(number, began, now).map_err(|exhausted| match exhausted {
-            Exhausted::Time => Refused::new(Refusal::Timeout, exhausted.to_string()),
-            Exhausted::Tries => Refused::new(Refusal::ConnectionLost, exhausted.to_string()),
-        })
+        until(self.schedule, number, began, now)
     }
 
     /// One try: a leg, the request, the head of the response and how long it took. `may_leave` is asked when the
@@ -248,7 +348,7 @@ impl Outbound {
     async fn try_once(
         self: &Arc<Self>,
         target: &Arc<Target>,
-        outgoing: &Outgoing,
+        outgoing: &Outgoing<'_>,
         trace: Option<TraceParent>,
         may_leave: impl Fn() -> bool,
     ) -> Result<(Response<RecvBody>, HttpLeg, Duration), Failure> {
@@ -284,11 +384,32 @@ impl Outbound {
     }
 }
 
-impl Outgoing {
+impl Outgoing<'_> {
+    /// Whether this answer is one that a route or policy has tried again, where that is safe.
+    fn is_tried_again(&self, status: StatusCode) -> bool {
+        self.retrying.codes.is_some_and(|codes| codes.contains(&status.as_u16())) && self.is_replayable()
+    }
+
     /// Whether it may be sent again although the application may have got it.
     fn is_replayable(&self) -> bool {
         retry::judge(Progress::Sent, self.idempotent, self.body.state()) == Verdict::Budgeted
     }
+}
+
+/// Until when the try of this number may last.
+fn until(schedule: Schedule, number: u32, began: Instant, now: Instant) -> Result<Option<Instant>, Refused> {
+    schedule.deadline(number, began, now).map_err(|exhausted| match exhausted {
+        Exhausted::Time => Refused::new(Refusal::Timeout, exhausted.to_string()),
+        Exhausted::Tries => Refused::new(Refusal::ConnectionLost, exhausted.to_string()),
+    })
+}
+
+/// An answer that is not good enough: the budget has paid for another try.
+fn answered_badly(status: StatusCode, after: Duration, target: &Target) -> Failure {
+    let detail = format!("endpoint {} in {} answered {status}", target.key.endpoint, target.key.cluster);
+    let refused = Refused::new(Refusal::ConnectionLost, detail);
+    let outcome = Some(outcome_of(status, after));
+    Failure { progress: Progress::Sent, refused, outcome, blame: Blame::Endpoint, paid: true }
 }
 
 /// A request that went away from where no answer was to be expected any more.

@@ -17,6 +17,7 @@ pub mod http;
 pub mod listener;
 pub mod name;
 pub mod observe;
+mod policy;
 pub mod pool;
 pub mod refuse;
 pub mod replay;
@@ -84,6 +85,7 @@ impl Outbound {
         let around = Surroundings {
             instance: config.instance.clone(),
             zone: config.zone.clone(),
+            svid: svid.clone(),
             gateways: gateways.clone(),
             observed: observed.clone(),
             pool,

@@ -5,8 +5,9 @@
 //! |---|---|
 //! | 400 | the request itself is malformed, or uses a feature that can't cross |
 //! | 403 | the name is not one of the clusterset, or the identity is not allowed to call it |
-//! | 404 | nobody exports the service to here, or not with this port |
+//! | 404 | nobody exports the service to here, or not with this port; or none of its routes is for the request |
 //! | 429 | the service's rate limit is reached; with `Retry-After` |
+//! | 500 | the route for the request names no backend |
 //! | 502 | the other end broke off, or could not prove its identity |
 //! | 503 | nobody is there to answer now: no ready endpoint, no tunnel, a limit; with `Retry-After` |
 //! | 504 | no answer within the deadline |
@@ -43,7 +44,8 @@ impl Refused {
         match self.refusal {
             BadRequest | BadTarget | BadClientHello | BadHeader | TargetMismatch | BadAlpn => StatusCode::BAD_REQUEST,
             ForeignName | IdentityDenied | WrongRole | Revoked => StatusCode::FORBIDDEN,
-            UnknownService | UnknownPort | NotExported => StatusCode::NOT_FOUND,
+            UnknownService | UnknownPort | NotExported | NoRoute => StatusCode::NOT_FOUND,
+            NoBackend => StatusCode::INTERNAL_SERVER_ERROR,
             RateLimited => StatusCode::TOO_MANY_REQUESTS,
             ConnectionLost | BadCertificate | Expired | UnknownTrustDomain | RelayLoop => StatusCode::BAD_GATEWAY,
             Timeout | HandshakeTimeout => StatusCode::GATEWAY_TIMEOUT,

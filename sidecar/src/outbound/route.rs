@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
-use tombolo_core::id::{ClusterId, EndpointId, InstanceName, ServiceName, SpiffeId};
+use tombolo_core::id::{ClusterId, EndpointId, InstanceName, Namespace, ServiceName, SpiffeId};
 use tombolo_core::model::{AppProtocol, Origin, SessionAffinity};
 use tombolo_core::outlier::{Elsewhere, Outcome, OutlierConfig, OutlierEvent};
 use tombolo_core::retry::RetryBudget;
@@ -17,10 +17,12 @@ use tombolo_core::routing::{
     self, Balance, ClusterReach, ClusterView, Draw, EndpointKey, EndpointView, Pick, Plan, Preferences, Router,
 };
 use tombolo_leg::discovery::{ServiceView, ShareView};
+use tombolo_trust::svid::SvidSource;
 
 use super::breaker::Breaker;
 use super::gateways::{Gateways, PeerReach};
 use super::observe::Observed;
+use super::policy::{self, Policies};
 use super::pool::PoolLimits;
 use super::target::{Place, Target, lock, ms_since};
 
@@ -33,6 +35,8 @@ pub struct Surroundings {
     /// This sidecar's own name, by which its application's sessions are known.
     pub instance: InstanceName,
     pub zone: Option<String>,
+    /// Who calls, which routes may ask.
+    pub svid: SvidSource,
     pub gateways: Gateways,
     pub observed: Observed,
     pub pool: PoolLimits,
@@ -49,6 +53,8 @@ pub struct Surroundings {
 pub struct Route {
     pub service: ServiceName,
     pub port: u16,
+    /// The one cluster whose endpoints are meant, if a route says so.
+    pub only: Option<ClusterId>,
     around: Surroundings,
     live: ArcSwap<Live>,
     /// What plans are made from. Never locked by a request, only by what changes the plan.
@@ -69,6 +75,7 @@ pub struct Live {
     pub exported: bool,
     /// A caller's requests stay with one endpoint.
     affinity: SessionAffinity,
+    policies: Option<Arc<Policies>>,
 }
 
 struct Planning {
@@ -78,10 +85,11 @@ struct Planning {
     targets: Vec<Arc<Target>>,
     /// How each remote cluster was reached when it was last planned.
     reach: BTreeMap<ClusterId, ClusterReach>,
+    policies: Option<Arc<Policies>>,
 }
 
 impl Route {
-    pub fn new(service: ServiceName, port: u16, around: Surroundings) -> Self {
+    pub fn new(service: ServiceName, port: u16, only: Option<ClusterId>, around: Surroundings) -> Self {
         let router = Router::default();
         let live = Live {
             plan: Router::default().plan(Vec::new(), &Preferences::default(), around.base),
@@ -89,10 +97,12 @@ impl Route {
             app: AppProtocol::Opaque,
             exported: false,
             affinity: SessionAffinity::None,
+            policies: None,
         };
         Self {
             service,
             port,
+            only,
             live: ArcSwap::from_pointee(live),
             planning: Mutex::new(Planning {
                 router,
@@ -100,6 +110,7 @@ impl Route {
                 view: None,
                 targets: Vec::new(),
                 reach: BTreeMap::new(),
+                policies: None,
             }),
             budget: Mutex::new(RetryBudget::new(around.retry_share, around.base)),
             used_ms: AtomicU64::new(0),
@@ -115,6 +126,17 @@ impl Route {
 
     pub fn app(&self) -> AppProtocol {
         self.live.load().app
+    }
+
+    /// What routes and policies say about requests to here, if any does.
+    pub fn policies(&self) -> Option<Arc<Policies>> {
+        self.live.load().policies.clone()
+    }
+
+    /// Whether a share is one of this route's.
+    fn serves(&self, share: &ShareView) -> bool {
+        let meant = self.only.as_ref().is_none_or(|only| *only == share.share.cluster);
+        meant && share.share.export.port(self.port).is_some()
     }
 
     pub fn is_exported(&self) -> bool {
@@ -176,7 +198,7 @@ impl Route {
         let mut planning = lock(&self.planning);
         let mut targets = Vec::new();
         for share in view.iter().flat_map(|view| &view.shares) {
-            if share.share.export.port(self.port).is_some() {
+            if self.serves(share) {
                 // Dialling keeps a configuration for each set of identities, told apart by its address.
                 let own = &share.share.export.server_ids;
                 let known = planning.targets.iter().find(|target| *target.server_ids == *own);
@@ -186,7 +208,16 @@ impl Route {
             }
         }
         planning.targets = targets;
-        planning.preferences = preferences(view.as_deref(), self.port);
+        let own = self.around.svid.current();
+        let caller = own.as_ref().and_then(|svid| svid.id.as_workload()?.0.parse::<Namespace>().ok());
+        let caller = caller.unwrap_or_else(|| self.service.namespace().clone());
+        let told = view.as_ref().map_or(&[][..], |view| &view.policies);
+        planning.policies = Policies::new(told, &self.service, self.port, &caller);
+        let policies = planning.policies.clone();
+        let traffic = policies.as_ref().and_then(|policies| policies.traffic());
+        planning.preferences = policy::preferences(preferences(view.as_deref(), self.port), traffic);
+        let bounds = traffic.map(|traffic| traffic.circuit_breaker.clone()).unwrap_or_default();
+        self.breaker.set(bounds.max_connections, bounds.max_requests, bounds.max_pending_requests);
         planning.view = view;
         self.replan(&mut planning, now);
     }
@@ -285,7 +316,7 @@ impl Route {
     fn replan(&self, planning: &mut Planning, now: Instant) {
         let view = planning.view.clone();
         let shares = view.iter().flat_map(|view| &view.shares);
-        let shares: Vec<&ShareView> = shares.filter(|share| share.share.export.port(self.port).is_some()).collect();
+        let shares: Vec<&ShareView> = shares.filter(|share| self.serves(share)).collect();
         let views: Vec<_> = shares.iter().map(|share| self.cluster_view(share, &planning.targets)).collect();
         planning.forgive_ways_up(&views, now);
         let plan = planning.router.plan(views, &planning.preferences, now);
@@ -298,7 +329,8 @@ impl Route {
         if planning.router.poll_timeout().is_some() {
             self.around.upkeep.notify_one();
         }
-        self.live.store(Arc::new(Live { plan, targets, app, exported: !shares.is_empty(), affinity }));
+        let policies = planning.policies.clone();
+        self.live.store(Arc::new(Live { plan, targets, app, exported: !shares.is_empty(), affinity, policies }));
     }
 
     fn cluster_view(&self, share: &ShareView, targets: &[Arc<Target>]) -> ClusterView {

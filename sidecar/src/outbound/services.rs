@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use tombolo_core::id::ServiceName;
+use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::refusal::Refusal;
 use tombolo_leg::discovery::{ServiceState, SidecarDiscovery, Subscription};
 
@@ -58,9 +58,12 @@ pub struct Services {
     entries: Mutex<BTreeMap<ServiceName, Entry>>,
 }
 
+/// By port, and by the one cluster that a route means.
+type Routes = Arc<Mutex<BTreeMap<(u16, Option<ClusterId>), Arc<Route>>>>;
+
 struct Entry {
     feed: Feed,
-    routes: Arc<Mutex<BTreeMap<u16, Arc<Route>>>>,
+    routes: Routes,
     follower: AbortHandle,
 }
 
@@ -89,6 +92,16 @@ impl Services {
     }
 
     pub async fn route(&self, service: &ServiceName, port: u16) -> Result<Arc<Route>, Refused> {
+        self.route_in(service, port, None).await
+    }
+
+    /// The route to the endpoints of one cluster alone, or of all.
+    pub async fn route_in(
+        &self,
+        service: &ServiceName,
+        port: u16,
+        only: Option<&ClusterId>,
+    ) -> Result<Arc<Route>, Refused> {
         let (mut updates, routes) = {
             let mut entries = lock(&self.entries);
             let entry = self.entry(&mut entries, service)?;
@@ -110,13 +123,14 @@ impl Services {
             return Err(Refused::new(Refusal::UnknownPort, format!("{service} has no TCP port {port}, but {has:?}")));
         }
         let mut routes = lock(&routes);
-        if let Some(route) = routes.get(&port) {
+        let key = (port, only.cloned());
+        if let Some(route) = routes.get(&key) {
             return Ok(route.clone());
         }
         if routes.len() >= PORTS_MAX {
             return Err(Refused::new(Refusal::Overloaded, format!("{service}: too many of its ports are in use")));
         }
-        let route = Arc::new(Route::new(service.clone(), port, self.around.clone()));
+        let route = Arc::new(Route::new(service.clone(), port, key.1.clone(), self.around.clone()));
         let now = Instant::now();
         route.begin(now);
         // Read again under the lock: the follower may have handed a newer state to the other routes just now.
@@ -125,7 +139,7 @@ impl Services {
             ServiceState::Waiting | ServiceState::Unknown => None,
         };
         route.apply(newest, now);
-        routes.insert(port, route.clone());
+        routes.insert(key, route.clone());
         Ok(route)
     }
 
@@ -186,7 +200,7 @@ impl Services {
 }
 
 /// Hands what is told about a service to its routes.
-async fn follow(mut updates: watch::Receiver<ServiceState>, routes: Arc<Mutex<BTreeMap<u16, Arc<Route>>>>) {
+async fn follow(mut updates: watch::Receiver<ServiceState>, routes: Routes) {
     while updates.changed().await.is_ok() {
         let view = match &*updates.borrow_and_update() {
             // A new subscription after a reconnection knows nothing yet; the last state stays in force.

@@ -44,6 +44,7 @@ fn route_state(route: &Route) -> Value {
     json!({
         "service": route.service,
         "port": route.port,
+        "only": route.only,
         "protocol": live.app,
         "idleSeconds": route.idle_for(now).as_secs(),
         "clusters": live.plan.clusters,

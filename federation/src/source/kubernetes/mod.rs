@@ -40,7 +40,7 @@ pub async fn start(settings: KubernetesSettings) -> Result<SourceHandle, ClientE
     let (sender, changes) = mpsc::channel(CHANGES_MAX);
     let mut watches = JoinSet::new();
     for kind in Kind::ALL {
-        watches.spawn(watch(client.clone(), *kind, sender.clone()));
+        watches.spawn(watch(client.clone(), settings.cluster.clone(), *kind, sender.clone()));
     }
     let (commands, received) = mpsc::channel(COMMANDS_MAX);
     let (changed, state) = latest::channel(Arc::default());

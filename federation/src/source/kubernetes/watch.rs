@@ -13,6 +13,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tombolo_api::k8s;
 use tombolo_core::backoff::Backoff;
+use tombolo_core::id::ClusterId;
 use tombolo_core::source::declared::Object;
 
 use super::client::reason;
@@ -45,11 +46,11 @@ pub struct Seen {
 }
 
 /// Ends when nobody takes the changes any more.
-pub async fn watch(client: Client, kind: Kind, changes: mpsc::Sender<Change>) {
+pub async fn watch(client: Client, cluster: ClusterId, kind: Kind, changes: mpsc::Sender<Change>) {
     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
     let mut version = 0;
     loop {
-        let Some(error) = until_failure(&client, kind, version, &changes, &mut backoff).await else { return };
+        let Some(error) = until_failure(&client, &cluster, kind, version, &changes, &mut backoff).await else { return };
         let failed = match &error {
             watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404 => {
                 version = (version + 1) % kind.versions().len();
@@ -70,6 +71,7 @@ pub async fn watch(client: Client, kind: Kind, changes: mpsc::Sender<Change>) {
 /// Passes changes on until neither a list nor a watch can be had. `None` when nobody takes them.
 async fn until_failure(
     client: &Client,
+    cluster: &ClusterId,
     kind: Kind,
     version: usize,
     changes: &mpsc::Sender<Change>,
@@ -86,7 +88,7 @@ async fn until_failure(
                 Change::Listed(kind)
             }
             Ok(Event::InitApply(object) | Event::Apply(object)) => {
-                Change::Seen(kind, name_of(kind, &object), seen(&resource.api_version, kind, object))
+                Change::Seen(kind, name_of(kind, &object), seen(&resource.api_version, cluster, kind, object))
             }
             Ok(Event::Delete(object)) => Change::Gone(kind, name_of(kind, &object)),
             // A watch that broke is resumed where it ended, or after a 410 with a new list, by the next poll.
@@ -120,17 +122,18 @@ fn name_of(kind: Kind, object: &DynamicObject) -> Arc<str> {
     }
 }
 
-fn seen(api_version: &str, kind: Kind, object: DynamicObject) -> Seen {
+fn seen(api_version: &str, cluster: &ClusterId, kind: Kind, object: DynamicObject) -> Seen {
     let created = object.metadata.creation_timestamp.as_ref().map(|time| time.0);
-    Seen { object: declared(api_version, kind, object), created }
+    Seen { object: declared(api_version, cluster, kind, object), created }
 }
 
-fn declared(api_version: &str, kind: Kind, mut object: DynamicObject) -> Result<Object, String> {
+fn declared(api_version: &str, cluster: &ClusterId, kind: Kind, mut object: DynamicObject) -> Result<Object, String> {
     object.metadata.managed_fields = None;
     let metadata = serde_json::to_value(&object.metadata).map_err(|error| error.to_string())?;
     if let Value::Object(fields) = &mut object.data {
         fields.insert("metadata".into(), metadata);
     }
     let resource = k8s::from_value(api_version, kind.name(), object.data)?;
-    k8s::declared(resource.ok_or_else(|| format!("{api_version} {} is not read", kind.name()))?)
+    let unread = || format!("{api_version} {} is not read", kind.name());
+    k8s::declared(resource.ok_or_else(unread)?, cluster)?.ok_or_else(unread)
 }

@@ -1,0 +1,194 @@
+//! What routes and traffic policies, as operators write them, do to requests.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{WEB, World, bounded, share};
+use tombolo_api::k8s;
+use tombolo_core::model::Origin;
+use tombolo_core::policy::set::Policy;
+use tombolo_core::source::declared::Object;
+use tombolo_leg::discovery::{ServiceState, ServiceView};
+
+const ROUTE: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web, namespace: shop}\nspec:\n  parentRefs: [{group: '', kind: Service, name: web}]\n";
+const TRAFFIC: &str = "apiVersion: tombolo.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: web, namespace: shop}\nspec:\n  targetRefs: [{kind: Service, name: web}]\n";
+/// All clusters' endpoints of a service.
+const IMPORT: &str = "group: multicluster.x-k8s.io, kind: ServiceImport";
+
+/// Behind the head of an answer from the application in that cluster.
+const EAST: &str = "\r\n\r\n4\r\neast";
+const WEST: &str = "\r\n\r\n4\r\nwest";
+
+fn policies(world: &World, yaml: &str) -> Vec<Policy> {
+    let own = world.east.id("web");
+    let cluster = own.trust_domain().as_str().strip_suffix(".tombolo").unwrap().parse().unwrap();
+    let policy = |document: k8s::Document| match k8s::declared(document.resource, &cluster).unwrap().unwrap() {
+        Object::Policy(policy) => policy,
+        other => panic!("no policy: {other:?}"),
+    };
+    k8s::documents(yaml).unwrap().into_iter().map(policy).collect()
+}
+
+/// Two endpoints of shop/web, one in each cluster, and shop/canary in the other cluster alone.
+async fn world(yaml: &str) -> World {
+    let world = World::new().await;
+    tell(&world, yaml, true);
+    world
+}
+
+fn tell(world: &World, yaml: &str, local: bool) {
+    let far = || share(&world.west, Origin::Remote, &[("w1", true, None)]);
+    let near = share(&world.east, Origin::Local, &[("e1", local, Some(world.local.address))]);
+    let view = |service: &str, shares, policies| {
+        let service = service.parse().unwrap();
+        ServiceState::Known(Arc::new(ServiceView { service, shares, numbers: Default::default(), policies }))
+    };
+    world.told.say("shop/web", view("shop/web", vec![near, far()], policies(world, yaml)));
+    world.told.say("shop/canary", view("shop/canary", vec![far()], Vec::new()));
+    world.told.say("shop/nothing", ServiceState::Unknown);
+}
+
+/// One request with more header lines, on a connection of its own.
+async fn ask(world: &World, path: &str, lines: &str) -> String {
+    let request = format!("GET http://{WEB}{path} HTTP/1.1\r\nHost: {WEB}\r\n{lines}Connection: close\r\n\r\n");
+    bounded(world.raw(&request)).await
+}
+
+/// Asks until the answer is as it should be: what is told takes effect a moment later.
+async fn until(world: &World, path: &str, lines: &str, holds: impl Fn(&str) -> bool) -> String {
+    let asking = async {
+        loop {
+            let answer = ask(world, path, lines).await;
+            if holds(&answer) {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    bounded(Box::pin(asking)).await
+}
+
+fn status(answer: &str) -> u16 {
+    answer.split(' ').nth(1).unwrap_or_else(|| panic!("{answer:?}")).parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_header_sends_a_request_to_another_service_in_another_cluster() {
+    let rules = format!(
+        "  rules:\n  - matches: [{{headers: [{{name: x-version, value: next}}]}}]\n    backendRefs: [{{{IMPORT}, name: canary, port: 80}}]\n  - backendRefs: [{{{IMPORT}, name: web, port: 80}}]\n"
+    );
+    let world = world(&format!("{ROUTE}{rules}")).await;
+    for _ in 0..5 {
+        assert!(ask(&world, "/", "").await.contains(EAST));
+        assert!(ask(&world, "/", "x-version: next\r\n").await.contains(WEST));
+    }
+    let explained = ask(&world, "/", "x-version: next\r\ntombolo-explain: 1\r\n").await;
+    assert!(explained.contains("HTTPRoute shop/web, rule 0"), "{explained}");
+    // Without the route all is as before.
+    tell(&world, "", true);
+    until(&world, "/", "x-version: next\r\n", |answer| answer.contains(EAST)).await;
+}
+
+#[tokio::test]
+async fn weights_split_requests_between_services() {
+    let rules = format!(
+        "  rules:\n  - backendRefs:\n    - {{{IMPORT}, name: web, port: 80, weight: 3}}\n    - {{{IMPORT}, name: canary, port: 80, weight: 1}}\n    - {{{IMPORT}, name: nothing, port: 80, weight: 0}}\n"
+    );
+    let world = world(&format!("{ROUTE}{rules}")).await;
+    for _ in 0..200 {
+        assert_eq!(status(&ask(&world, "/", "").await), 200);
+    }
+    let (web, canary) = (world.local.requests(), world.remote.requests());
+    // A quarter of 200 is 50; nine standard deviations are 55.
+    assert_eq!(web + canary, 200);
+    assert!((5..105).contains(&canary), "{web} and {canary}");
+}
+
+#[tokio::test]
+async fn a_backend_of_kind_service_is_this_clusters_alone() {
+    let rules = "  rules:\n  - backendRefs: [{name: web, port: 80}]\n";
+    let world = world(&format!("{ROUTE}{rules}")).await;
+    assert!(ask(&world, "/", "").await.contains(EAST));
+    // Gone altogether, it is not replaced by the other cluster's.
+    world.local.kill();
+    let answer = ask(&world, "/", "").await;
+    assert_eq!((status(&answer), world.remote.requests()), (503, 0), "{answer}");
+    tell(&world, &format!("{ROUTE}  rules:\n  - backendRefs: [{{{IMPORT}, name: web, port: 80}}]\n"), false);
+    until(&world, "/", "", |answer| answer.contains(WEST)).await;
+}
+
+#[tokio::test]
+async fn requests_and_answers_are_changed_as_the_rule_says() {
+    let rules = format!(
+        "  rules:\n  - matches: [{{path: {{type: PathPrefix, value: /api}}}}]\n    filters:\n    - type: URLRewrite\n      urlRewrite: {{hostname: inner.example, path: {{type: ReplacePrefixMatch, replacePrefixMatch: /}}}}\n    - type: RequestHeaderModifier\n      requestHeaderModifier: {{set: [{{name: x-set, value: new}}], add: [{{name: x-add, value: more}}], remove: [x-gone]}}\n    - type: ResponseHeaderModifier\n      responseHeaderModifier: {{set: [{{name: x-answer, value: 'yes'}}]}}\n    backendRefs: [{{{IMPORT}, name: web, port: 80}}]\n"
+    );
+    let world = world(&format!("{ROUTE}{rules}")).await;
+    let answer = ask(&world, "/api/seen?q=1", "x-set: old\r\nx-add: one\r\nx-gone: 1\r\n").await;
+    assert_eq!(status(&answer), 200, "{answer}");
+    assert!(answer.contains("x-answer: yes"), "{answer}");
+    for line in ["GET http://inner.example/seen?q=1", "x-set: new\n", "x-add: one\n", "x-add: more\n"] {
+        assert!(answer.contains(line), "{line} in {answer}");
+    }
+    assert!(!answer.contains("x-gone") && !answer.contains("x-set: old"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_redirect_is_answered_at_once() {
+    let rules = "  rules:\n  - matches: [{path: {type: Exact, value: /old}}]\n    filters:\n    - type: RequestRedirect\n      requestRedirect: {hostname: new.example, path: {type: ReplaceFullPath, replaceFullPath: /new}, statusCode: 301}\n";
+    let world = world(&format!("{ROUTE}{rules}")).await;
+    let answer = ask(&world, "/old?a=b", "").await;
+    assert_eq!(status(&answer), 301, "{answer}");
+    assert!(answer.contains("://new.example"), "{answer}");
+    assert!(answer.contains("/new?a=b"), "{answer}");
+    assert_eq!((world.local.requests(), world.remote.requests()), (0, 0));
+}
+
+#[tokio::test]
+async fn what_no_rule_is_for_gets_404_and_what_has_no_backend_500() {
+    let rules = format!(
+        "  rules:\n  - matches: [{{path: {{type: Exact, value: /none}}}}]\n  - matches: [{{path: {{type: Exact, value: /nothing}}}}]\n    backendRefs: [{{{IMPORT}, name: nothing, port: 80}}]\n"
+    );
+    let world = world(&format!("{ROUTE}{rules}")).await;
+    for (path, wanted, refusal) in
+        [("/", 404, "no-route"), ("/none", 500, "no-backend"), ("/nothing", 500, "no-backend")]
+    {
+        let answer = ask(&world, path, "").await;
+        assert_eq!(status(&answer), wanted, "{path}: {answer}");
+        assert!(answer.contains(&format!("tombolo-refusal: {refusal}")), "{path}: {answer}");
+    }
+    assert_eq!((world.local.requests(), world.remote.requests()), (0, 0));
+}
+
+#[tokio::test]
+async fn a_rules_timeout_and_retries_come_before_the_sidecars_own() {
+    let rules = format!(
+        "  rules:\n  - matches: [{{path: {{type: Exact, value: /bad}}}}]\n    retry: {{attempts: 1, codes: [503]}}\n    backendRefs: [{{{IMPORT}, name: web, port: 80}}]\n  - timeouts: {{request: 150ms}}\n    backendRefs: [{{{IMPORT}, name: web, port: 80}}]\n"
+    );
+    let world = world(&format!("{ROUTE}{rules}")).await;
+    assert_eq!(status(&ask(&world, "/never", "").await), 504);
+    let before = world.local.requests() + world.remote.requests();
+    assert_eq!(status(&ask(&world, "/bad", "").await), 503);
+    assert_eq!(world.local.requests() + world.remote.requests() - before, 2);
+}
+
+#[tokio::test]
+async fn a_traffic_policy_weighs_clusters_and_injects_faults() {
+    let pinned = format!("{TRAFFIC}  clusters: [{{name: west}}]\n  failover: none\n");
+    let world = world(&pinned).await;
+    for _ in 0..5 {
+        assert!(ask(&world, "/", "").await.contains(WEST));
+    }
+    let faulty = format!(
+        "{TRAFFIC}  faults:\n  - matches: [{{path: {{type: Exact, value: /teapot}}}}]\n    abort: {{status: 418}}\n"
+    );
+    tell(&world, &faulty, true);
+    let answer = until(&world, "/teapot", "", |answer| status(answer) == 418).await;
+    assert!(answer.contains("TrafficPolicy shop/web"), "{answer}");
+    let (local, remote) = (world.local.requests(), world.remote.requests());
+    assert_eq!(status(&ask(&world, "/teapot", "").await), 418);
+    assert_eq!((world.local.requests(), world.remote.requests()), (local, remote));
+    assert!(ask(&world, "/", "").await.contains(EAST));
+}
