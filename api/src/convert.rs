@@ -51,6 +51,8 @@ impl From<&ServicePort> for catalog::ServicePort {
             AppProtocol::Http => catalog::AppProtocol::Http,
             AppProtocol::Http2 => catalog::AppProtocol::Http2,
             AppProtocol::Grpc => catalog::AppProtocol::Grpc,
+            AppProtocol::Tls => catalog::AppProtocol::Tls,
+            AppProtocol::Detect => catalog::AppProtocol::Detect,
         };
         Self { name: port.name.clone(), port: port.port.into(), transport: transport.into(), app: app.into() }
     }
@@ -71,6 +73,8 @@ impl TryFrom<catalog::ServicePort> for ServicePort {
             Ok(catalog::AppProtocol::Http) => AppProtocol::Http,
             Ok(catalog::AppProtocol::Http2) => AppProtocol::Http2,
             Ok(catalog::AppProtocol::Grpc) => AppProtocol::Grpc,
+            Ok(catalog::AppProtocol::Tls) => AppProtocol::Tls,
+            Ok(catalog::AppProtocol::Detect) => AppProtocol::Detect,
             Ok(catalog::AppProtocol::Opaque) | Err(_) => AppProtocol::Opaque,
         };
         Ok(Self { name: wire.name, port: port("port", wire.port)?, transport, app })

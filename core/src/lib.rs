@@ -11,6 +11,7 @@ pub mod bundle;
 pub mod capture;
 pub mod catalog;
 pub mod conflict;
+pub mod detect;
 pub mod dns;
 pub mod door;
 pub mod freshness;

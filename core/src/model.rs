@@ -20,6 +20,7 @@ pub enum Transport {
 }
 
 /// How a sidecar treats the bytes of a port (`appProtocol`, KEP-1422, else the prefix of the port's name).
+/// One that neither says anything about is told from the first bytes of each connection, see [`crate::detect`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AppProtocol {
@@ -29,18 +30,37 @@ pub enum AppProtocol {
     Http2,
     /// gRPC: HTTP/2 with prior knowledge whose status is in the trailers.
     Grpc,
+    /// The application's own TLS: bytes, but the name in the ClientHello says to which service they go.
+    Tls,
     /// Bytes that nobody looks into.
     #[default]
     Opaque,
+    /// Nobody has said: each connection's first bytes do.
+    Detect,
 }
 
-impl AppProtocol {
-    /// Whether requests can be told apart, so that each is routed and authorized on its own.
-    pub fn is_http(self) -> bool {
-        !matches!(self, AppProtocol::Opaque)
-    }
+/// Names of ports, before the first `-`, that say of what runs there that it is no HTTP. In most of these protocols the
+/// server speaks first.
+const OPAQUE_NAMES: [&str; 14] = [
+    "tcp",
+    "amqp",
+    "ftp",
+    "imap",
+    "ldap",
+    "mongo",
+    "mongodb",
+    "mysql",
+    "pop3",
+    "postgres",
+    "postgresql",
+    "redis",
+    "smtp",
+    "ssh",
+];
 
-    /// From a port's `appProtocol`, else from its name's prefix (`http`, `http2`, `grpc`), else opaque.
+impl AppProtocol {
+    /// From a port's `appProtocol`, else from its name's prefix, else to be detected. A protocol that has a name
+    /// here or there, but is none of HTTP, is opaque.
     pub fn detect(app_protocol: Option<&str>, port_name: Option<&str>) -> Self {
         let declared = app_protocol.map(str::to_ascii_lowercase);
         if let Some(declared) = declared {
@@ -48,6 +68,7 @@ impl AppProtocol {
                 "http" | "kubernetes.io/ws" => AppProtocol::Http,
                 "http2" | "h2c" | "kubernetes.io/h2c" => AppProtocol::Http2,
                 "grpc" | "kubernetes.io/grpc" => AppProtocol::Grpc,
+                "https" | "tls" | "kubernetes.io/wss" => AppProtocol::Tls,
                 _ => AppProtocol::Opaque,
             };
         }
@@ -55,7 +76,9 @@ impl AppProtocol {
             Some("http") => AppProtocol::Http,
             Some("http2" | "h2c") => AppProtocol::Http2,
             Some("grpc") => AppProtocol::Grpc,
-            _ => AppProtocol::Opaque,
+            Some("https" | "tls") => AppProtocol::Tls,
+            Some(name) if OPAQUE_NAMES.contains(&name) => AppProtocol::Opaque,
+            _ => AppProtocol::Detect,
         }
     }
 }
@@ -274,8 +297,13 @@ mod tests {
             (None, Some("http"), AppProtocol::Http),
             (None, Some("http-web"), AppProtocol::Http),
             (None, Some("grpc-api"), AppProtocol::Grpc),
-            (None, Some("httpx"), AppProtocol::Opaque),
-            (None, None, AppProtocol::Opaque),
+            (None, Some("https"), AppProtocol::Tls),
+            (Some("TLS"), Some("http"), AppProtocol::Tls),
+            (None, Some("tcp"), AppProtocol::Opaque),
+            (None, Some("mysql-primary"), AppProtocol::Opaque),
+            (None, Some("httpx"), AppProtocol::Detect),
+            (None, Some("admin"), AppProtocol::Detect),
+            (None, None, AppProtocol::Detect),
         ] {
             assert_eq!(AppProtocol::detect(app, name), want, "{app:?} {name:?}");
         }

@@ -226,6 +226,10 @@ pub struct LimitsConfig {
     /// A service that nothing asked for during this time is no longer followed.
     #[serde(with = "humantime_serde")]
     pub service_idle: Duration,
+    /// How long the first bytes of a connection are waited for where they say what it speaks; then it is opaque. Zero
+    /// waits for none.
+    #[serde(with = "humantime_serde")]
+    pub detection_timeout: Duration,
 }
 
 impl Default for LimitsConfig {
@@ -240,6 +244,7 @@ impl Default for LimitsConfig {
             leg_idle: Duration::from_secs(90),
             discovery_wait: Duration::from_secs(2),
             service_idle: Duration::from_secs(600),
+            detection_timeout: Duration::from_millis(200),
         }
     }
 }

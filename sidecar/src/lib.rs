@@ -10,6 +10,7 @@ pub mod dns;
 pub mod health;
 pub mod inbound;
 pub mod outbound;
+mod peek;
 mod probe;
 pub mod registration;
 

@@ -92,7 +92,7 @@ async fn serve(name: &'static str, protocol: AppProtocol, connection: TcpStream,
         AppProtocol::Http2 | AppProtocol::Grpc => {
             hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(io, service).await?;
         }
-        AppProtocol::Opaque => {
+        AppProtocol::Tls | AppProtocol::Opaque | AppProtocol::Detect => {
             let mut connection = io.into_inner();
             connection.write_all(format!("hello from {name}\n").as_bytes()).await?;
             let (mut read, mut write) = connection.split();

@@ -112,6 +112,8 @@ fn port(port: &ServicePort) -> String {
         (Transport::Tcp, AppProtocol::Http) => "http",
         (Transport::Tcp, AppProtocol::Http2) => "http2",
         (Transport::Tcp, AppProtocol::Grpc) => "grpc",
+        (Transport::Tcp, AppProtocol::Tls) => "tls",
+        (Transport::Tcp, AppProtocol::Detect) => "detect",
     };
     match port.name.as_str() {
         "" => format!("{}/{protocol}", port.port),

@@ -12,6 +12,21 @@ const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
+/// Beside a request that its caller made over HTTP/2, to a port of which nobody has said what is spoken there: the
+/// far sidecar takes its application for one that speaks the same, unless it knows better. Its value is `2`.
+pub const SPOKEN: HeaderName = HeaderName::from_static("tombolo-http");
+const HTTP2: HeaderValue = HeaderValue::from_static("2");
+
+/// Says that the caller speaks HTTP/2.
+pub fn say_http2(headers: &mut HeaderMap) {
+    headers.insert(SPOKEN, HTTP2);
+}
+
+/// Whether the near sidecar says that its caller speaks HTTP/2.
+pub fn says_http2(headers: &HeaderMap) -> bool {
+    headers.get(&SPOKEN).is_some_and(|value| value == HTTP2)
+}
+
 /// Begins the names that only tombolo itself writes into a request or a response.
 const OWN_PREFIX: &str = "tombolo-";
 

@@ -4,12 +4,9 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::socket::{MsgFlags, recv};
-use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -28,6 +25,7 @@ use super::observe::{Meters, Observed};
 use super::pass::Passage;
 use super::{Captured, refuse};
 use crate::inbound::{HANDSHAKES_MAX, Inbound};
+use crate::peek;
 
 /// A caller that says nothing for so long may be waiting for the application to speak first, so that is dialled.
 /// A sidecar sends its ClientHello as soon as it is connected.
@@ -108,7 +106,12 @@ impl CapturedInbound {
                     return self.leg(connection, self.handshakes.begin()).await;
                 }
                 tracing::debug!(caller = %peer, %origin, "plaintext passed on");
-                passage.carry(connection, far).await;
+                match peek::afresh(connection) {
+                    Ok(connection) => passage.carry(connection, far).await,
+                    Err(error) => {
+                        tracing::warn!(%error, "a captured connection was lost; is the limit of open files reached?")
+                    }
+                }
             }
         }
     }
@@ -149,46 +152,16 @@ enum FirstWord {
 
 /// Looks at the first octets, without taking them, until they say what the connection is.
 async fn first_word(connection: &TcpStream) -> io::Result<FirstWord> {
-    // Octets of a ClientHello beyond this are rare, so that is what a connection costs at first.
-    let mut octets = vec![0; 2048];
-    let mut seen = 0;
-    loop {
-        seen = match peek_beyond(connection, &mut octets, seen).await? {
-            Some(seen) => seen,
-            None => return Ok(FirstWord::Plaintext),
-        };
-        match client_hello::judge(&octets[..seen]) {
-            FirstOctets::Hello { server_name, alpn } => return Ok(judge(server_name.as_deref(), &alpn)),
-            FirstOctets::Other => return Ok(FirstWord::Plaintext),
-            FirstOctets::Incomplete if seen == octets.len() => octets.resize(LENGTH_MAX, 0),
-            FirstOctets::Incomplete => {}
-        }
-    }
+    let judged = peek::judged(connection, LENGTH_MAX, |octets| match client_hello::judge(octets) {
+        FirstOctets::Hello { server_name, alpn } => Some(judge(server_name.as_deref(), &alpn)),
+        FirstOctets::Other => Some(FirstWord::Plaintext),
+        FirstOctets::Incomplete => None,
+    });
+    Ok(judged.await?.unwrap_or(FirstWord::Plaintext))
 }
 
 fn judge(server_name: Option<&str>, alpn: &[Vec<u8>]) -> FirstWord {
     let is_target = server_name.is_some_and(|name| name.parse::<LegTarget>().is_ok());
     let is_ours = alpn.iter().any(|protocol| Alpn::from_bytes(protocol).is_some());
     if is_target && is_ours { FirstWord::Leg } else { FirstWord::Plaintext }
-}
-
-/// Peeks once there is more than `seen`; `None` when the connection ends before that.
-async fn peek_beyond(connection: &TcpStream, octets: &mut [u8], seen: usize) -> io::Result<Option<usize>> {
-    loop {
-        let ready = connection.ready(Interest::READABLE).await?;
-        // The socket counts as readable until a read would block; saying so for what was seen makes the next octet
-        // wake us.
-        let peeked =
-            connection.try_io(Interest::READABLE, || match recv(connection.as_raw_fd(), octets, MsgFlags::MSG_PEEK)? {
-                count if count > seen => Ok(count),
-                _ => Err(io::ErrorKind::WouldBlock.into()),
-            });
-        match peeked {
-            Ok(count) => return Ok(Some(count)),
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-            // What is closed stays ready for ever: nothing more will come.
-            Err(_) if ready.is_read_closed() => return Ok(None),
-            Err(_) => {}
-        }
-    }
 }

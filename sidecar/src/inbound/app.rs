@@ -89,10 +89,14 @@ impl App {
         Self { address, protocol, in_use, idle: Mutex::default(), shared: Mutex::default(), probed }
     }
 
-    /// Whether it is spoken to in HTTP/2. A port whose protocol is not configured is spoken to in HTTP/1.1 when its
-    /// callers know it for an HTTP port.
-    pub fn is_http2(&self) -> bool {
-        matches!(self.protocol, AppProtocol::Http2 | AppProtocol::Grpc)
+    /// Whether a request is brought to it in HTTP/2. Where its protocol is not configured, it is spoken to as the
+    /// caller speaks where the callers do not know it either, and in HTTP/1.1 where they know it for an HTTP port.
+    pub fn speaks_http2(&self, caller_does: bool) -> bool {
+        match self.protocol {
+            AppProtocol::Http2 | AppProtocol::Grpc => true,
+            AppProtocol::Http => false,
+            AppProtocol::Tls | AppProtocol::Opaque | AppProtocol::Detect => caller_does,
+        }
     }
 
     pub async fn connect_opaque(&self) -> Result<Connection, Refusal> {
@@ -107,7 +111,9 @@ impl App {
         if let Some((_, found)) = probed.filter(|(at, _)| at.elapsed() < PROBE_HOLDS) {
             return found;
         }
-        let asked = async { if self.is_http2() { self.probe_http2(identity).await } else { self.probe_http1().await } };
+        let asked = async {
+            if self.speaks_http2(false) { self.probe_http2(identity).await } else { self.probe_http1().await }
+        };
         let found = timeout(PROBE_MAX, asked).await.unwrap_or(Found::Silent);
         *probed = Some((Instant::now(), found));
         found

@@ -146,13 +146,14 @@ async fn forward(
 ) -> Result<Response<AppBody>, Failed> {
     let own = inbound.svid.current().map(|svid| svid.id.clone());
     let own = own.ok_or(Failed::App(AppError::NeverReached(Refusal::NoCertificate)))?;
+    let speaks_http2 = app.speaks_http2(headers::says_http2(request.headers()));
     headers::strip_own(request.headers_mut());
     request.headers_mut().insert(headers::CLIENT_CERT, client_cert(&own, &leg.client_id));
     if let Some(context) = span.context().filter(|_| span.is_recording()) {
         let value = HeaderValue::from_str(&context.to_string()).expect("hex digits and dashes");
         request.headers_mut().insert(TRACEPARENT, value);
     }
-    let mut response = if app.is_http2() {
+    let mut response = if speaks_http2 {
         let asks = request.extensions_mut().remove::<ContinueSignal>();
         headers::strip_hop_by_hop(request.headers_mut());
         if let Some(asks) = asks {

@@ -12,6 +12,7 @@ use http::{Method, Request, Response, StatusCode, Version, request};
 use http_body::Body;
 use http_body_util::Full;
 use hyper::body::Incoming;
+use tombolo_core::model::AppProtocol;
 use tombolo_core::outlier::Outcome;
 use tombolo_core::policy::route::Backend;
 use tombolo_core::policy::table::Taken;
@@ -151,6 +152,7 @@ impl Outbound {
         if is_plain_connect(&request) {
             return tunnel::connect(self, request, &route, caller, span).await;
         }
+        let version = request.version();
         let explained = request.headers_mut().remove(&explain::ASK).is_some();
         let policies = route.policies();
         let chosen = match &policies {
@@ -184,6 +186,9 @@ impl Outbound {
             policy::change_request(&mut head, taken, backend)?;
         }
         let way = treated.way.as_ref().unwrap_or(&route);
+        if version == Version::HTTP_2 && way.app() == AppProtocol::Detect {
+            headers::say_http2(&mut head.headers);
+        }
         let idempotent = switching.is_none() && retry::is_idempotent(head.method.as_str());
         let session = treated.session.or_else(|| way.session(caller.address.ip()));
         let outgoing = Outgoing { head, body, idempotent, began, session, retrying: treated.retrying };

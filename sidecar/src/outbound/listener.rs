@@ -12,13 +12,17 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tombolo_core::model::AppProtocol;
 use tombolo_core::refusal::Refusal;
 
 use super::Outbound;
+use super::detect::{Carried, detect};
 use super::http::Caller;
 use super::observe::Counted;
+use super::refuse::Refused;
 use super::tunnel;
 use crate::config::ServicePortName;
+use crate::peek;
 
 pub const HEAD_MAX: usize = 64 * 1024;
 pub const FIELDS_MAX: usize = 100;
@@ -66,22 +70,23 @@ pub(crate) async fn serve(outbound: &Arc<Outbound>, connection: TcpStream, calle
     let address = caller.address;
     // Fails only on a socket that is gone already.
     let _ = connection.set_nodelay(true);
-    if let Some(fixed) = &caller.fixed {
-        match outbound.services.route(&fixed.service, fixed.port).await {
-            Ok(route) if !route.app().is_http() => return tunnel::forward(outbound, connection, &route, &caller).await,
-            Ok(_) => {}
-            Err(refused) => return tunnel::refuse(outbound, connection, &caller, &refused),
-        }
-    }
-    let spoken = tokio::select! {
-        spoken = speaks_http2(&connection) => spoken,
+    let carried = tokio::select! {
+        carried = carried(outbound, &connection, &caller) => carried,
         // A connection that has said nothing yet is no work to wait for.
         () = outbound.drain.draining() => return,
     };
-    let result = match spoken {
-        Ok(true) => http2(outbound, connection, caller).await,
-        Ok(false) => http1(outbound, connection, caller).await,
-        Err(_) => return,
+    let result = match carried {
+        Ok(Some(Carried::Http1)) => http1(outbound, connection, caller).await,
+        Ok(Some(Carried::Http2)) => http2(outbound, connection, caller).await,
+        Ok(Some(Carried::Bytes(route))) => return tunnel::forward(outbound, connection, &route, &caller).await,
+        Ok(Some(Carried::Unclear(route))) => match peek::afresh(connection) {
+            Ok(connection) => return tunnel::forward(outbound, connection, &route, &caller).await,
+            Err(error) => {
+                return tracing::warn!(caller = %address, %error, "a connection was lost; is the limit of open files reached?");
+            }
+        },
+        Ok(None) => return,
+        Err(refused) => return tunnel::refuse(outbound, connection, &caller, &refused),
     };
     match result {
         Err(error) if error.is_parse() => {
@@ -93,23 +98,30 @@ pub(crate) async fn serve(outbound: &Arc<Outbound>, connection: TcpStream, calle
     }
 }
 
-/// Looks at the first octets without taking them.
-async fn speaks_http2(connection: &TcpStream) -> io::Result<bool> {
-    let peeked = async {
-        let mut first = [0; PREFACE.len()];
-        loop {
-            let count = connection.peek(&mut first).await?;
-            if count == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            if first[..count] != PREFACE[..count] || count == PREFACE.len() {
-                return Ok(count == PREFACE.len() && first == *PREFACE);
-            }
-            // The rest of the preface is on its way; there is no event for "more than these octets".
-            tokio::time::sleep(Duration::from_millis(5)).await;
+/// How a connection is carried; `None` when it ends before it has said anything.
+async fn carried(outbound: &Outbound, connection: &TcpStream, caller: &Caller) -> Result<Option<Carried>, Refused> {
+    if let Some(fixed) = &caller.fixed {
+        let route = outbound.services.route(&fixed.service, fixed.port).await?;
+        match route.app() {
+            AppProtocol::Http | AppProtocol::Http2 | AppProtocol::Grpc => {}
+            AppProtocol::Opaque => return Ok(Some(Carried::Bytes(route))),
+            AppProtocol::Tls | AppProtocol::Detect => return detect(outbound, connection, route).await.map(Some),
         }
+    }
+    Ok(match tokio::time::timeout(HEAD_TIMEOUT, speaks_http2(connection)).await {
+        Ok(Ok(Some(true))) => Some(Carried::Http2),
+        Ok(Ok(Some(false))) => Some(Carried::Http1),
+        Ok(Ok(None) | Err(_)) | Err(_) => None,
+    })
+}
+
+/// Whether HTTP is spoken in version 2, with prior knowledge.
+async fn speaks_http2(connection: &TcpStream) -> io::Result<Option<bool>> {
+    let judge = |octets: &[u8]| match PREFACE.starts_with(octets) {
+        true => (octets.len() == PREFACE.len()).then_some(true),
+        false => Some(false),
     };
-    tokio::time::timeout(HEAD_TIMEOUT, peeked).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    peek::judged(connection, PREFACE.len(), judge).await
 }
 
 async fn http1(outbound: &Arc<Outbound>, connection: TcpStream, caller: Caller) -> Result<(), hyper::Error> {

@@ -1,6 +1,6 @@
 //! The outbound side: the application's calls, carried to an endpoint of the service that they name.
 //!
-//! - [`listener`] accepts connections; [`http`] carries requests, [`tunnel`] opaque bytes.
+//! - [`listener`] accepts connections, `detect` tells what they speak where nobody has said it; [`http`] carries requests, [`tunnel`] opaque bytes.
 //! - [`services`] knows the services in use, [`route`] picks an endpoint of one port, [`target`] is one of them and
 //!   learns from how tries end (decisions in `tombolo_core::{routing, outlier, retry}`).
 //! - [`dial`] makes legs through [`gateways`], [`pool`] shares them, [`warm`] dials opaque ones ahead, [`upkeep`] tends all of it.
@@ -10,6 +10,7 @@
 
 mod body;
 mod breaker;
+mod detect;
 pub mod dial;
 mod explain;
 pub mod gateways;
@@ -63,6 +64,7 @@ pub struct Outbound {
     pub(crate) drain: DrainWatch,
     pub(crate) connections_max: usize,
     connect_timeout: Duration,
+    detection_timeout: Duration,
 }
 
 impl Outbound {
@@ -108,6 +110,7 @@ impl Outbound {
             tracer: process.tracer.clone(),
             drain: process.drain.clone(),
             connect_timeout: limits.connect_timeout,
+            detection_timeout: limits.detection_timeout,
             connections_max: limits.connections,
         })
     }

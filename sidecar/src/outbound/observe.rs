@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tombolo_core::detect::FirstWord;
 use tombolo_core::outlier::EjectReason;
 use tombolo_core::refusal::Refusal;
 use tombolo_core::routing::{EndpointKey, Pick, PickReason};
@@ -19,6 +20,7 @@ pub struct Observed {
     requests: Family<RequestLabels, Counter>,
     retries: Family<RetryLabels, Counter>,
     ejections: Family<EjectionLabels, Counter>,
+    detections: Family<DetectionLabels, Counter>,
     fallbacks: Fallbacks,
     /// Requests that were answered by another cluster than the one that was tried first.
     pub failovers: Counter,
@@ -44,6 +46,11 @@ struct RetryLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct EjectionLabels {
     reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DetectionLabels {
+    protocol: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -96,6 +103,10 @@ impl Observed {
             retries: metrics
                 .counters("tombolo_outbound_retries", "Second tries, by how far the try before them had come"),
             ejections: metrics.counters("tombolo_outbound_ejections", "Endpoints ejected because requests failed"),
+            detections: metrics.counters(
+                "tombolo_outbound_detections",
+                "Connections whose protocol was looked for in their first bytes, by what was found",
+            ),
             fallbacks: Fallbacks::new(metrics),
             failovers: metrics.counter(
                 "tombolo_outbound_failovers",
@@ -150,6 +161,12 @@ impl Observed {
 
     pub fn ejected(&self, reason: EjectReason) {
         self.ejections.get_or_create_owned(&EjectionLabels { reason: reason.name() }).inc();
+    }
+
+    /// `None` when nothing came in time that tells anything.
+    pub fn detected(&self, word: Option<&FirstWord>) {
+        let protocol = word.map_or("none", FirstWord::name);
+        self.detections.get_or_create_owned(&DetectionLabels { protocol }).inc();
     }
 
     pub fn refused(&self, refusal: Refusal) {

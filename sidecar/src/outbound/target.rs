@@ -149,6 +149,11 @@ impl Target {
         (since_ms != 0).then(|| self.base + Duration::from_millis(since_ms))
     }
 
+    /// Whether requests were ever sent to it, and not only bytes.
+    pub fn carries_requests(&self) -> bool {
+        self.waiting_since_ms.load(Ordering::Relaxed) != 0
+    }
+
     /// How many requests wait for their response to begin, and since when some do.
     pub fn waiting(&self) -> Option<(u32, Instant)> {
         let count = self.waiting.load(Ordering::Relaxed);
@@ -184,7 +189,7 @@ pub struct Waiting<'a> {
 impl<'a> Waiting<'a> {
     pub fn begin(target: &'a Target, now: Instant) -> Self {
         if target.waiting.fetch_add(1, Ordering::Relaxed) == 0 {
-            target.waiting_since_ms.store(ms_since(target.base, now), Ordering::Relaxed);
+            target.waiting_since_ms.store(ms_since(target.base, now).max(1), Ordering::Relaxed);
         }
         Self { target }
     }

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tombolo_core::id::ClusterId;
 use tombolo_core::liveness::Reach;
-use tombolo_core::model::Origin;
+use tombolo_core::model::{AppProtocol, Origin};
 use tombolo_core::routing::ClusterReach;
 use tombolo_leg::Alpn;
 use tombolo_leg::discovery::LocalGateway;
@@ -89,11 +89,12 @@ fn check_trust(outbound: &Outbound) {
 
 async fn probe(outbound: Arc<Outbound>, route: Arc<Route>, target: Arc<Target>) {
     let asked = async {
-        if route.app().is_http() {
-            probe_http(&outbound, &target).await
-        } else {
-            probe_opaque(&outbound, &target).await
-        }
+        let by_request = match route.app() {
+            AppProtocol::Http | AppProtocol::Http2 | AppProtocol::Grpc => true,
+            AppProtocol::Tls | AppProtocol::Opaque => false,
+            AppProtocol::Detect => target.carries_requests(),
+        };
+        if by_request { probe_http(&outbound, &target).await } else { probe_opaque(&outbound, &target).await }
     };
     let answered = tokio::time::timeout(PROBE_TIMEOUT, asked).await.unwrap_or(false);
     route.handle_probe(&target, answered, Instant::now());
