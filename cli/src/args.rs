@@ -35,6 +35,8 @@ pub enum Command {
     Unexport(ExportCommand),
     /// Show peers, tunnels, services, gateways and sidecars of this cluster
     Status(StatusCommand),
+    /// Show which way a request would take now, and why not another one; asks a running sidecar
+    Explain(ExplainCommand),
     /// Let a sidecar or gateway join this cluster: add, list, remove join entries
     #[command(subcommand)]
     Join(JoinCommand),
@@ -210,6 +212,11 @@ fn parse_set(text: &str) -> Result<(String, String), String> {
     Ok((field.to_owned(), value.to_owned()))
 }
 
+fn parse_header(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
+    Ok((name.trim().to_owned(), value.trim().to_owned()))
+}
+
 /// Where the federation of this cluster listens for its operator.
 #[derive(Args)]
 pub struct Socket {
@@ -311,6 +318,32 @@ pub struct StatusCommand {
 
     #[command(flatten)]
     pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct ExplainCommand {
+    /// The request: `http://web.shop.svc.clusterset.local/cart` (`https://` for what is carried as it is)
+    pub url: String,
+
+    /// Who calls, as namespace/service-account or spiffe://...; the sidecar that is asked must be its own, or deliver
+    /// the service [default: the sidecar's own identity]
+    #[arg(long, value_name = "IDENTITY")]
+    pub from: Option<String>,
+
+    /// The request's method
+    #[arg(long, default_value = "GET", value_name = "METHOD")]
+    pub method: String,
+
+    /// A header of the request; can be given several times
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_header)]
+    pub header: Vec<(String, String)>,
+
+    /// Admin address of the sidecar beside the caller
+    #[arg(long, env = "TOMBOLO_ADMIN", default_value = "127.0.0.1:15020", value_name = "ADDR")]
+    pub admin: SocketAddr,
+
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Output,
 }
 
 #[derive(Subcommand)]

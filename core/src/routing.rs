@@ -17,6 +17,7 @@ use crate::outlier::EjectReason;
 
 mod affinity;
 mod capacity;
+mod explain;
 mod load;
 mod pick;
 mod preferences;
@@ -25,9 +26,10 @@ mod share;
 pub use affinity::session;
 use capacity::{Capacity, Grant, Weights};
 pub use capacity::{OVER_PROVISIONING, RISE_HOLD, RISE_STEP};
+pub use explain::{ShareReason, Verdict};
 pub use load::{Load, PeakEwma};
 use pick::Candidates;
-pub use pick::{Draw, Pick, PickReason};
+pub use pick::{Draw, FIRST, Pick, PickReason};
 pub use preferences::{Balance, Failover, Preferences};
 
 /// One endpoint among those of all clusters.
@@ -99,6 +101,7 @@ pub struct PlannedEndpoint {
     pub key: EndpointKey,
     pub weight: u32,
     pub standing: Standing,
+    pub ejected: Option<EjectReason>,
     /// Until its slow start is over: when that began.
     #[serde(skip)]
     warming: Option<Instant>,
@@ -119,6 +122,10 @@ pub struct PlannedCluster {
     pub granted: f64,
     /// So few endpoints are fit, and no other cluster has any, that ejected ones are asked as well.
     pub panic: bool,
+    /// What the service's owner gave it, where clusters have weights.
+    pub weight: Option<u32>,
+    /// No request may go there.
+    pub excluded: bool,
     /// Which endpoints get requests.
     #[serde(skip)]
     candidates: Candidates,
@@ -264,10 +271,11 @@ fn assemble(
             let key = EndpointKey { cluster: view.cluster.clone(), endpoint: endpoint.id.clone() };
             let warming = endpoint.since.filter(|since| *since + preferences.slow_start > now);
             let number = affinity::endpoint(&key);
-            endpoints.push(PlannedEndpoint { key, weight, standing, warming, number });
+            endpoints.push(PlannedEndpoint { key, weight, standing, ejected: endpoint.ejected, warming, number });
         }
         let (cluster, origin) = (view.cluster.clone(), view.origin);
         let share = 0.0;
+        let weight = (!preferences.weights.is_empty()).then(|| preferences.weight(&view.cluster));
         clusters.push(PlannedCluster {
             cluster,
             origin,
@@ -275,6 +283,8 @@ fn assemble(
             possible,
             granted,
             panic,
+            weight,
+            excluded,
             candidates,
             near,
             near_share,

@@ -1,8 +1,10 @@
 //! The admin port: read-only for ever, plain HTTP/1.1, on loopback unless configured otherwise. Health,
 //! readiness, metrics, and the configuration and state that the process runs with, without secrets.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +32,16 @@ const HEADER_BYTES_MAX: usize = 16 * 1024;
 /// What the process is doing, computed when asked for.
 pub type StateView = Arc<dyn Fn() -> Value + Send + Sync>;
 
+/// What a question is answered with: a status, and a JSON document.
+pub type Answer = Pin<Box<dyn Future<Output = (StatusCode, Value)> + Send>>;
+
+/// A question to the process, asked with the query of a GET, by callers of this machine alone. An answer changes nothing
+/// that anybody else could see.
+pub type Question = Arc<dyn Fn(&str) -> Answer + Send + Sync>;
+
+/// Questions by their path.
+pub type Questions = BTreeMap<&'static str, Question>;
+
 /// The running admin server; it ends when this is dropped.
 #[derive(Debug)]
 pub struct Admin {
@@ -42,6 +54,7 @@ struct Pages {
     readiness: Readiness,
     config: Value,
     state: StateView,
+    questions: Questions,
 }
 
 impl Admin {
@@ -53,13 +66,25 @@ impl Admin {
         config: Value,
         state: StateView,
     ) -> std::io::Result<Self> {
+        Self::start_with(address, metrics, readiness, config, state, Questions::new()).await
+    }
+
+    /// As [`start`](Self::start), for a process that also answers questions.
+    pub async fn start_with(
+        address: SocketAddr,
+        metrics: Metrics,
+        readiness: Readiness,
+        config: Value,
+        state: StateView,
+        questions: Questions,
+    ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
         if !address.ip().is_loopback() {
             tracing::warn!(%address, "the admin port is open to other machines; it shows configuration and state");
         }
         let stop = CancellationToken::new();
-        let pages = Arc::new(Pages { metrics, readiness, config, state });
+        let pages = Arc::new(Pages { metrics, readiness, config, state, questions });
         tokio::spawn(stop.clone().run_until_cancelled_owned(accept(listener, pages)));
         Ok(Self { address, _stop: stop.drop_guard() })
     }
@@ -74,10 +99,10 @@ async fn accept(listener: TcpListener, pages: Arc<Pages>) {
     loop {
         let place = places.clone().acquire_owned().await.expect("never closed");
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, caller)) => {
                 let pages = pages.clone();
                 tokio::spawn(async move {
-                    serve(stream, pages).await;
+                    serve(stream, caller, pages).await;
                     drop(place);
                 });
             }
@@ -90,10 +115,10 @@ async fn accept(listener: TcpListener, pages: Arc<Pages>) {
     }
 }
 
-async fn serve(stream: TcpStream, pages: Arc<Pages>) {
+async fn serve(stream: TcpStream, caller: SocketAddr, pages: Arc<Pages>) {
     let service = service_fn(move |request: Request<Incoming>| {
         let pages = pages.clone();
-        async move { Ok::<_, Infallible>(pages.answer(request.method(), request.uri().path())) }
+        async move { Ok::<_, Infallible>(pages.answer(&request, caller).await) }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -106,13 +131,20 @@ async fn serve(stream: TcpStream, pages: Arc<Pages>) {
 }
 
 impl Pages {
-    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
-        if !matches!(*method, Method::GET | Method::HEAD) {
+    async fn answer(&self, request: &Request<Incoming>, caller: SocketAddr) -> Response<Full<Bytes>> {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
             let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "the admin port is read-only\n".into());
             response.headers_mut().insert(ALLOW, "GET, HEAD".parse().expect("a valid header"));
             return response;
         }
-        match path {
+        if let Some(question) = self.questions.get(request.uri().path()) {
+            if !caller.ip().to_canonical().is_loopback() {
+                return text(StatusCode::FORBIDDEN, "this is answered to callers of this machine alone\n".into());
+            }
+            let (status, answer) = question(request.uri().query().unwrap_or_default()).await;
+            return response(status, "application/json", format!("{answer:#}\n"));
+        }
+        match request.uri().path() {
             "/livez" => text(StatusCode::OK, "ok\n".into()),
             "/readyz" => self.readyz(),
             "/metrics" => response(
@@ -122,7 +154,10 @@ impl Pages {
             ),
             "/config" => json(&self.config),
             "/state" => json(&(self.state)()),
-            _ => text(StatusCode::NOT_FOUND, "see /livez /readyz /metrics /config /state\n".into()),
+            _ => {
+                let questions: String = self.questions.keys().map(|path| format!(" {path}")).collect();
+                text(StatusCode::NOT_FOUND, format!("see /livez /readyz /metrics /config /state{questions}\n"))
+            }
         }
     }
 

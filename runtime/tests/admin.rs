@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tombolo_core::refusal::Refusal;
-use tombolo_runtime::admin::Admin;
+use tombolo_runtime::admin::{Admin, Question, Questions};
 use tombolo_runtime::drain::drain;
 use tombolo_runtime::process::Process;
 use tombolo_runtime::telemetry::TelemetryConfig;
@@ -112,4 +112,30 @@ async fn dropping_the_server_closes_its_port() {
         assert!(tokio::time::Instant::now() < deadline, "the port stays open");
         tokio::task::yield_now().await;
     }
+}
+
+#[tokio::test]
+async fn a_question_is_answered_from_its_query() {
+    let process = Process::bare("sidecar");
+    let question: Question = Arc::new(|query| {
+        let query = query.to_owned();
+        Box::pin(async move {
+            if query.is_empty() {
+                return (hyper::StatusCode::BAD_REQUEST, json!({"error": "ask something"}));
+            }
+            (hyper::StatusCode::OK, json!({ "asked": query }))
+        })
+    });
+    let questions = Questions::from([("/explain", question)]);
+    let (address, state) = ("127.0.0.1:0".parse().unwrap(), Arc::new(|| json!({})));
+    let (metrics, readiness) = (process.metrics.clone(), process.readiness.clone());
+    let admin = Admin::start_with(address, metrics, readiness, json!({}), state, questions).await.unwrap();
+    let (status, body) = get(admin.address(), "/explain?url=a").await;
+    assert_eq!((status, body.as_str()), (200, "{\n  \"asked\": \"url=a\"\n}\n"));
+    assert_eq!(get(admin.address(), "/explain").await.0, 400);
+    let other = get(admin.address(), "/other").await;
+    assert_eq!(other, (404, "see /livez /readyz /metrics /config /state /explain\n".into()));
+    let posted =
+        exchange(admin.address(), "POST /explain?url=a HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await;
+    assert!(posted.starts_with("HTTP/1.1 405 "), "{posted}");
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tombolo_core::capture::parse_range;
 use tombolo_core::health::Thresholds;
 use tombolo_core::id::{InstanceName, ServiceName};
 use tombolo_core::model::AppProtocol;
@@ -56,8 +57,34 @@ pub struct Config {
     pub telemetry: TelemetryConfig,
     #[serde(default)]
     pub log: LogConfig,
+    /// A line for each request that leaves; none if absent.
+    pub access_log: Option<AccessLogConfig>,
+    /// Whose requests with `tombolo-explain: 1` are answered with the way that they took.
+    #[serde(default = "default_explain_to")]
+    pub explain_to: Vec<String>,
     #[serde(with = "humantime_serde", default = "default_drain_deadline")]
     pub drain_deadline: Duration,
+}
+
+/// A file with a JSON line for each request.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AccessLogConfig {
+    pub file: PathBuf,
+    /// Octets at which the file is renamed to `<file>.1`, in the place of the one before, and begun anew.
+    #[serde(default = "default_access_log_octets")]
+    pub max_bytes: u64,
+}
+
+const ACCESS_LOG_OCTETS_MIN: u64 = 64 * 1024;
+
+fn default_access_log_octets() -> u64 {
+    64 * 1024 * 1024
+}
+
+/// The application beside the sidecar.
+fn default_explain_to() -> Vec<String> {
+    ["127.0.0.0/8", "::1/128"].map(str::to_owned).into()
 }
 
 /// A local port that leads to one port of one service.
@@ -266,6 +293,15 @@ impl Validate for Config {
         }
         if let Some(capture) = &self.capture {
             capture.problems(&mut problems);
+        }
+        if self.access_log.as_ref().is_some_and(|log| log.max_bytes < ACCESS_LOG_OCTETS_MIN) {
+            let reason = format!("write at least {ACCESS_LOG_OCTETS_MIN}, or the file is renamed all the time");
+            problems.push(Problem::new("accessLog.maxBytes", reason));
+        }
+        for (n, range) in self.explain_to.iter().enumerate() {
+            if let Err(reason) = parse_range(range) {
+                problems.push(Problem::new(format!("explainTo[{n}]"), reason));
+            }
         }
         if let Some(dns) = &self.dns {
             dns.problems(&mut problems);

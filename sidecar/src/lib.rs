@@ -7,6 +7,7 @@
 pub mod capture;
 pub mod config;
 pub mod dns;
+pub mod explain;
 pub mod health;
 pub mod inbound;
 pub mod outbound;
@@ -24,7 +25,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tombolo_core::addresses::mesh::MeshAddresses;
 use tombolo_leg::discovery::{Federation, LinkStatus, SidecarDiscovery};
-use tombolo_runtime::admin::Admin;
+use tombolo_runtime::admin::{Admin, Questions};
 use tombolo_runtime::metrics::Metrics;
 use tombolo_runtime::process::{self, Process};
 use tombolo_runtime::readiness::Readiness;
@@ -88,9 +89,17 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     let gateways =
         tokio::spawn(outbound::upkeep::follow_gateways(outbound.clone(), discovery.gateways(), svid.clone()));
 
+    let explainer = explain::Explainer {
+        outbound: outbound.clone(),
+        inbound: served.inbound.clone(),
+        svid: svid.clone(),
+        trust: trust.clone(),
+    };
+    let questions = Questions::from([(explain::PATH, explainer.question())]);
     let state = state_view(&outbound, served, &discovery, &svid, dns);
     let shown = serde_json::to_value(&config)?;
-    let admin = Admin::start(config.admin, process.metrics.clone(), process.readiness.clone(), shown, state);
+    let (metrics, readiness) = (process.metrics.clone(), process.readiness.clone());
+    let admin = Admin::start_with(config.admin, metrics, readiness, shown, state, questions);
     let admin = admin.await.with_context(|| format!("admin {}", config.admin))?;
     addresses.insert("admin".to_owned(), admin.address());
     let named = addresses.iter().map(|(name, address)| (name.as_str(), *address)).collect();

@@ -192,3 +192,64 @@ async fn a_traffic_policy_weighs_clusters_and_injects_faults() {
     assert_eq!((world.local.requests(), world.remote.requests()), (local, remote));
     assert!(ask(&world, "/", "").await.contains(EAST));
 }
+
+#[tokio::test]
+async fn who_asks_is_told_what_decided_and_why_the_others_were_passed_over() {
+    let rules = format!("  rules:\n  - backendRefs: [{{{IMPORT}, name: web, port: 80}}]\n");
+    let yaml = format!("{ROUTE}{rules}---\n{TRAFFIC}  clusters: [{{name: west}}]\n  failover: none\n");
+    let world = world(&yaml).await;
+    let answer = ask(&world, "/", "tombolo-explain: 1\r\n").await;
+    for line in [
+        "tombolo-route: HTTPRoute shop/web, rule 0\r\n",
+        "tombolo-policy: TrafficPolicy shop/web\r\n",
+        "tombolo-passed-over: east/e1: the service's TrafficPolicy keeps its requests out of this cluster\r\n",
+    ] {
+        assert!(answer.contains(line), "{line} in {answer}");
+    }
+    let unasked = ask(&world, "/", "").await;
+    assert!(!unasked.contains("tombolo-"), "{unasked}");
+    // A refusal says what decided as well.
+    world.gate.kill();
+    *world.remote.mood.lock().unwrap() = common::Mood::AppDead;
+    let refused = until(&world, "/", "tombolo-explain: 1\r\n", |answer| status(answer) == 503).await;
+    assert!(refused.contains("tombolo-policy: TrafficPolicy shop/web\r\n"), "{refused}");
+}
+
+#[tokio::test]
+async fn nobody_else_is_told_and_the_application_never_sees_that_it_was_asked() {
+    let world = World::with("explainTo: [10.0.0.0/8]\n").await;
+    let answer = world.get("/seen").await;
+    assert!(status(&answer) == 200 && !answer.contains("tombolo-"), "{answer}");
+}
+
+#[tokio::test]
+async fn the_access_log_has_a_line_for_each_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("access.log");
+    let world = World::with(&format!("accessLog: {{file: {}}}\n", file.display())).await;
+    assert_eq!(status(&ask(&world, "/cart?secret=1", "authorization: secret\r\n").await), 200);
+    world.tell(false, true);
+    until(&world, "/", "", |answer| answer.contains(WEST)).await;
+    let refused = world.raw("GET http://example.com/ HTTP/1.1\r\nHost: example.com\r\nConnection: close\r\n\r\n");
+    assert_eq!(status(&bounded(refused).await), 403);
+    let mut text = String::new();
+    common::eventually("every line to be written", || {
+        text = std::fs::read_to_string(&file).unwrap();
+        text.lines().last().is_some_and(|line| line.contains("foreign-name"))
+    })
+    .await;
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let first = &lines[0];
+    assert_eq!(
+        (&first["path"], &first["status"], &first["tries"]),
+        (&"/cart".into(), &200.into(), &1.into()),
+        "{first}"
+    );
+    assert_eq!((&first["cluster"], &first["endpoint"]), (&"east".into(), &"e1".into()), "{first}");
+    assert_eq!((&first["backend"], &first["flags"]), (&"shop/web:80".into(), &serde_json::json!(["share"])), "{first}");
+    let west = lines.iter().find(|line| line["cluster"] == "west").unwrap();
+    assert_eq!(west["reason"], "its cluster by its share, and there the less busy of two, or the one in turn");
+    let last = lines.last().unwrap();
+    assert_eq!((&last["status"], &last["refusal"]), (&403.into(), &"foreign-name".into()), "{last}");
+    assert!(!text.contains("secret"), "{text}");
+}

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod crds;
+pub mod explain;
 pub mod export;
 pub mod join;
 pub mod peer;

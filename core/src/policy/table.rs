@@ -116,6 +116,11 @@ impl RouteTable {
         self.routes.is_empty()
     }
 
+    /// Whether there is nothing to explain either: no route names the service.
+    pub fn is_void(&self) -> bool {
+        self.routes.is_empty() && self.passed_over.is_empty()
+    }
+
     pub fn routes(&self) -> &[Arc<Route>] {
         &self.routes
     }
@@ -206,6 +211,62 @@ impl fmt::Display for Verdict<'_> {
                 f.write_str("a rule before it matches too (more specific, older, or written first)")
             }
             Verdict::PassedOver(why) => why.fmt(f),
+        }
+    }
+}
+
+impl<'a> Taken<'a> {
+    /// The backends of the rule, each with why it is taken or not. For `explain`, as above.
+    pub fn backends(&self) -> Vec<(&'a Backend, BackendVerdict)> {
+        let weight = self.rule.weight();
+        let verdict = |backend: &'a Backend| {
+            let share = Share { weight: backend.weight, of: weight };
+            let verdict = match self.action {
+                _ if backend.weight == 0 => BackendVerdict::ZeroWeight,
+                Action::Forward(taken) if std::ptr::eq(taken, backend) => BackendVerdict::Taken(share),
+                Action::Forward(_) | Action::Redirect(_) | Action::NoBackend => BackendVerdict::Beside(share),
+            };
+            (backend, verdict)
+        };
+        self.rule.backends.iter().map(verdict).collect()
+    }
+}
+
+/// A backend's part of its rule's requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    pub weight: u32,
+    pub of: u64,
+}
+
+impl Share {
+    /// 0 to 1.
+    pub fn part(self) -> f64 {
+        if self.of == 0 { 0.0 } else { f64::from(self.weight) / self.of as f64 }
+    }
+}
+
+/// Why a backend of the rule that was taken gets a request, or does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackendVerdict {
+    Taken(Share),
+    /// Another draw would have taken it.
+    Beside(Share),
+    ZeroWeight,
+}
+
+impl fmt::Display for BackendVerdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |share: &Share| 100.0 * share.part();
+        match self {
+            BackendVerdict::Taken(share) if u64::from(share.weight) == share.of => {
+                f.write_str("all of the rule's requests")
+            }
+            BackendVerdict::Taken(share) => write!(f, "drawn: {:.1} % of the rule's requests", percent(share)),
+            BackendVerdict::Beside(share) => {
+                write!(f, "another is drawn: {:.1} % of the rule's requests", percent(share))
+            }
+            BackendVerdict::ZeroWeight => f.write_str("its weight is 0"),
         }
     }
 }

@@ -265,14 +265,19 @@ impl TrafficSpec {
     /// What goes wrong for this request: the first fault that matches. Each draw is any number, evenly
     /// distributed.
     pub fn fault(&self, head: &dyn Head, delay_draw: u64, abort_draw: u64) -> Injected {
-        let matches =
-            |fault: &&Fault| fault.matches.is_empty() || fault.matches.iter().any(|one| one.test(head).is_ok());
-        let Some(fault) = self.faults.iter().find(matches) else { return Injected::default() };
+        let Some(fault) = self.fault_for(head) else { return Injected::default() };
         let hit = |percentage: u32, draw: u64| draw % 100 < u64::from(percentage);
         Injected {
             delay: fault.delay.filter(|delay| hit(delay.percentage, delay_draw)).map(|delay| delay.duration.duration()),
             abort: fault.abort.filter(|abort| hit(abort.percentage, abort_draw)).map(|abort| abort.status),
         }
+    }
+
+    /// The fault that may strike this request: the first that matches.
+    pub fn fault_for(&self, head: &dyn Head) -> Option<&Fault> {
+        let matches =
+            |fault: &&Fault| fault.matches.is_empty() || fault.matches.iter().any(|one| one.test(head).is_ok());
+        self.faults.iter().find(matches)
     }
 
     /// Checks what the fields' own types can't, with the field named from `spec` on.

@@ -47,6 +47,10 @@ impl PickReason {
     }
 }
 
+/// A draw like any other, after which the first cluster that gets requests is chosen: for `explain`, which is to say
+/// the same every time.
+pub const FIRST: u64 = GAMMA.wrapping_neg();
+
 /// What one pick depends on beside the plan.
 #[derive(Debug, Clone, Copy)]
 pub struct Draw<'a> {
@@ -72,6 +76,14 @@ impl Candidates {
     pub(super) fn push(&mut self, index: usize, weight: u32) {
         self.indices.push(index);
         self.weight_sums.push(self.weight_sums.last().copied().unwrap_or(0) + u64::from(weight));
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.indices.is_empty()
+    }
+
+    pub(super) fn contains(&self, index: usize) -> bool {
+        self.indices.contains(&index)
     }
 
     fn sum(&self) -> u64 {
@@ -179,7 +191,7 @@ impl Plan {
         let session = draw.session.filter(|_| self.balance == Balance::ConsistentHash);
         // A session's zone goes by the session, and by another number than its cluster.
         let mut own = || session.map_or_else(|| random.next(), |session| affinity::mix(!session));
-        let near = !cluster.near.indices.is_empty() && fraction(own()) < cluster.near_share;
+        let near = !cluster.near.is_empty() && fraction(own()) < cluster.near_share;
         if near && let Some(picked) = self.pick_untried(&cluster.near, random, draw, load) {
             return Some(picked);
         }
@@ -297,9 +309,11 @@ fn fraction(random: u64) -> f64 {
 /// SplitMix64: turns one random number into as many as a pick needs.
 struct SplitMix(u64);
 
+const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+
 impl SplitMix {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        self.0 = self.0.wrapping_add(GAMMA);
         affinity::mix(self.0)
     }
 }

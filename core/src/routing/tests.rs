@@ -482,3 +482,78 @@ proptest! {
         }
     }
 }
+
+/// What `explain` says of each endpoint, after a pick with the draw that is always the same.
+#[track_caller]
+fn check_explained(plan: &Plan, tried: &[EndpointKey], want: &[(&str, &str)]) {
+    let pick = plan.pick(draw(FIRST, tried), idle);
+    let said = plan.explain(pick, tried);
+    let said: Vec<(String, String)> =
+        plan.endpoints.iter().zip(said).map(|(it, said)| (it.key.endpoint.to_string(), said.to_string())).collect();
+    let said: Vec<(&str, &str)> = said.iter().map(|(id, said)| (id.as_str(), said.as_str())).collect();
+    assert_eq!(said, want);
+}
+
+#[test]
+fn every_endpoint_has_a_reason() {
+    let share = "its cluster by its share, and there the less busy of two, or the one in turn";
+    let carried = "its cluster gets nothing: the clusters before it carry everything";
+    check_explained(&plan("east: a | west@30: b"), &[], &[("a", share), ("b", carried)]);
+    check_explained(
+        &plan("east: a! b^ c~ | west@30: d | north?@9: e | south-@9: f | far%@9: g"),
+        &[],
+        &[
+            ("a", "not ready: its own side says so, or no sidecar delivers it"),
+            ("b", "ejected: nobody answers there (refused)"),
+            ("c", "ejected: requests to it failed (gateway-errors)"),
+            ("g", "nothing is heard from its cluster"),
+            ("e", "the tunnel to its cluster is silent"),
+            ("f", "there is no tunnel to its cluster"),
+            ("d", share),
+        ],
+    );
+    let key = EndpointKey { cluster: "east".parse().unwrap(), endpoint: "a".parse().unwrap() };
+    let next = "the next cluster: all fit endpoints of the one before were tried";
+    check_explained(&plan("east: a | west@30: b"), &[key], &[("a", "tried already"), ("b", next)]);
+    check_explained(
+        &plan("east: a! | west@30: b^"),
+        &[],
+        &[
+            ("a", "not ready: its own side says so, or no sidecar delivers it"),
+            ("b", "no endpoint is fit anywhere, and this is the least bad"),
+        ],
+    );
+}
+
+#[test]
+fn weights_and_pins_are_reasons() {
+    let weights = [("east".parse().unwrap(), 0), ("west".parse().unwrap(), 1)];
+    let preferences = Preferences { weights: weights.into(), ..Preferences::default() };
+    let share = "its cluster by its share, and there the less busy of two, or the one in turn";
+    let zero = "its cluster gets nothing: its weight is 0";
+    check_explained(&preferring("east: a | west@30: b", &preferences), &[], &[("a", zero), ("b", share)]);
+    let pinned = Preferences { failover: Failover::None, ..Preferences::default() };
+    let kept = "the service's TrafficPolicy keeps its requests out of this cluster";
+    check_explained(&preferring("east: a | west@30: b", &pinned), &[], &[("a", share), ("b", kept)]);
+}
+
+proptest! {
+    /// What is explained as getting requests is what gets them, and nothing else is.
+    #[test]
+    fn explanations_and_picks_agree(marks in proptest::collection::vec(0_u8..4, 1..7), randoms in proptest::collection::vec(any::<u64>(), 64)) {
+        let name = |(n, mark): (usize, &u8)| format!("e{n}{}", ["", "!", "~", "^"][usize::from(*mark)]);
+        let text: Vec<String> = marks.iter().enumerate().map(name).collect();
+        let (near, far) = text.split_at(text.len() / 2);
+        let plan = plan(&format!("east: {} | west@30: {}", near.join(" "), far.join(" ")));
+        for random in randoms {
+            let pick = plan.pick(draw(random, &[]), idle).unwrap();
+            let said = plan.explain(Some(pick), &[]);
+            prop_assert_eq!(said[pick.endpoint], Verdict::Picked(pick.reason));
+            if pick.reason == PickReason::Share {
+                // Whatever another draw would have picked is said to be fit as well.
+                let without = plan.explain(None, &[]);
+                prop_assert_eq!(without[pick.endpoint], Verdict::Beside(Balance::LeastRequest));
+            }
+        }
+    }
+}

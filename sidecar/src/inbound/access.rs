@@ -13,6 +13,7 @@ use tombolo_core::id::ServiceName;
 use tombolo_core::policy::access::{Asked, DefaultAccess, HttpAsked, Mode, decide};
 use tombolo_core::policy::rate::{RateLimit, TokenBucket};
 use tombolo_core::refusal::Refusal;
+use tombolo_core::sni::LegTarget;
 use tombolo_leg::accept::LegIdentity;
 use tombolo_leg::discovery::InboundPolicies;
 use tombolo_runtime::logging::Sparsely;
@@ -20,6 +21,7 @@ use tombolo_runtime::logging::Sparsely;
 use super::Inbound;
 use super::app::App;
 use crate::config::ServiceConfig;
+use crate::outbound::question::Access;
 
 /// What each service's callers have left of its rate limit.
 #[derive(Debug, Default)]
@@ -76,6 +78,41 @@ impl Inbound {
         }
         self.buckets.take(service, policies.rate_limit, Instant::now())?;
         Ok(app)
+    }
+
+    /// What `admit` would say to such a call, and why; counts and takes nothing. `None` where the port is
+    /// not delivered here.
+    pub fn explain(
+        &self,
+        client: Client<'_>,
+        service: &ServiceName,
+        port: u16,
+        http: Option<HttpAsked<'_>>,
+    ) -> Option<Access> {
+        if !self.ports.contains(&(service.clone(), port)) {
+            return None;
+        }
+        let (allowed, reason) = self.judge(client, service, port, http);
+        Some(Access { allowed: Some(allowed), reason })
+    }
+
+    fn judge(
+        &self,
+        client: Client<'_>,
+        service: &ServiceName,
+        port: u16,
+        http: Option<HttpAsked<'_>>,
+    ) -> (bool, String) {
+        let unmet = || (false, "the federation has not told what decides; see /readyz of this sidecar".to_owned());
+        let Some(cluster) = self.authority.cluster() else { return unmet() };
+        let target = LegTarget { cluster, service: service.clone(), port, endpoint: None };
+        if let Err(refusal) = self.authorize_client(client, &target) {
+            return (false, refusal.to_string());
+        }
+        let Some(policies) = self.authority.policies(service) else { return unmet() };
+        let verdict = decide(&policies.access, &policies.defaults, client, Asked { service, port, http });
+        let audit = verdict.audit.map(|reason| format!("; in audit mode: {reason}")).unwrap_or_default();
+        (verdict.is_allowed(), format!("{}{audit}", verdict.reason))
     }
 
     /// Whether something decides about callers of the application at this port, so that nobody may come without an

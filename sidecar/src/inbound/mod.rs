@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tombolo_core::authz::{self, Client, Delivered};
 use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::refusal::Refusal;
+use tombolo_core::sni::LegTarget;
 use tombolo_leg::Alpn;
 use tombolo_leg::accept::{AcceptError, AcceptedLeg, Acceptor, LegIdentity};
 use tombolo_leg::discovery::{InboundGrants, InboundPolicies, SidecarDiscovery, Welcome};
@@ -135,13 +136,16 @@ impl Inbound {
 
     /// The application for this leg, if its client may call it now.
     fn authorize(&self, leg: &LegIdentity) -> Result<&Arc<App>, Refusal> {
+        self.authorize_client(Client { id: &leg.client_id, cluster: &leg.client_cluster }, &leg.target)
+    }
+
+    fn authorize_client(&self, client: Client<'_>, target: &LegTarget) -> Result<&Arc<App>, Refusal> {
         let cluster = self.authority.cluster().ok_or(Refusal::NotExported)?;
         let grants = self.authority.grants();
         let delivered = Delivered { cluster: &cluster, ports: &self.ports, grants: &grants };
-        let client = Client { id: &leg.client_id, cluster: &leg.client_cluster };
-        authz::authorize(client, &leg.target, delivered)?;
+        authz::authorize(client, target, delivered)?;
         // `ports` are the keys of `apps`.
-        self.apps.get(&(leg.target.service.clone(), leg.target.port)).ok_or(Refusal::UnknownPort)
+        self.apps.get(&(target.service.clone(), target.port)).ok_or(Refusal::UnknownPort)
     }
 
     /// What the operator is shown.

@@ -54,12 +54,26 @@ impl Bounded {
             return Ok(Entered(None));
         }
         let entered = Entered(Some(self.clone()));
-        if self.under_way.fetch_add(1, Ordering::Relaxed) >= max {
+        if let Some(refused) = above(self.under_way.fetch_add(1, Ordering::Relaxed), max, what) {
             drop(entered);
-            return Err(Refused::new(Refusal::CircuitOpen, format!("{max} {what} at once")));
+            return Err(refused);
         }
         Ok(entered)
     }
+
+    /// What [`enter`](Self::enter) would refuse one more with.
+    pub fn refuses(&self, what: &str) -> Option<Refused> {
+        above(self.under_way.load(Ordering::Relaxed), self.max()?, what)
+    }
+
+    /// The bound, if there is one.
+    pub fn max(&self) -> Option<u32> {
+        Some(self.max.load(Ordering::Relaxed)).filter(|max| *max != UNBOUNDED)
+    }
+}
+
+fn above(under_way: u32, max: u32, what: &str) -> Option<Refused> {
+    (under_way >= max).then(|| Refused::new(Refusal::CircuitOpen, format!("{max} {what} at once")))
 }
 
 impl Drop for Entered {
@@ -86,7 +100,9 @@ mod tests {
         assert!(breaker.connections.enter("connections").is_ok());
         drop(before);
         assert!(breaker.requests.enter("requests").is_err(), "what came before the bound is not counted");
+        assert_eq!(breaker.requests.refuses("requests"), Some(refused), "what is asked before is what is said then");
         drop(held);
+        assert_eq!((breaker.requests.refuses("requests"), breaker.requests.max()), (None, Some(2)));
         assert!(breaker.requests.enter("requests").is_ok());
         breaker.set(None, None, None);
         assert!(breaker.requests.enter("requests").is_ok());

@@ -2,13 +2,11 @@
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use tombolo_core::id::SpiffeId;
-use tombolo_core::policy::table::Taken;
 use tombolo_core::routing::Pick;
 use tombolo_leg::http::HttpLeg;
 use tombolo_leg::status::Crossing;
 use tombolo_runtime::telemetry::Span;
 
-use super::policy::decided_by;
 use super::target::Target;
 
 /// A request with this header gets its way told in the headers of the response.
@@ -19,7 +17,6 @@ const ENDPOINT: HeaderName = HeaderName::from_static("tombolo-endpoint");
 const PATH: HeaderName = HeaderName::from_static("tombolo-path");
 const SERVER_ID: HeaderName = HeaderName::from_static("tombolo-server-id");
 const TRIES: HeaderName = HeaderName::from_static("tombolo-tries");
-const ROUTE: HeaderName = HeaderName::from_static("tombolo-route");
 const REASON: HeaderName = HeaderName::from_static("tombolo-pick");
 
 pub fn explain(headers: &mut HeaderMap, target: &Target, leg: &HttpLeg, pick: Pick, tries: u32) {
@@ -35,13 +32,6 @@ pub fn explain(headers: &mut HeaderMap, target: &Target, leg: &HttpLeg, pick: Pi
     say(SERVER_ID, leg.server_id().to_string());
     say(TRIES, tries.to_string());
     say(REASON, pick.reason.name().to_owned());
-}
-
-/// Which rule of which route decided.
-pub fn route(headers: &mut HeaderMap, taken: &Taken<'_>) {
-    if let Ok(value) = HeaderValue::try_from(decided_by(taken)) {
-        headers.insert(ROUTE, value);
-    }
 }
 
 /// The same in a span, with links to the spans of the gateways' legs.

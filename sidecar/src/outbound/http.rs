@@ -26,11 +26,12 @@ use tombolo_runtime::telemetry::{Kind, Span};
 use super::Outbound;
 use super::body::{BodySource, ResponseBody};
 use super::dial::{Blame, LegFailure};
-use super::policy::{self, Destination, Policies, Retrying};
+use super::policy::{self, Destination, Policies, Retrying, Way};
 use super::refuse::{REFUSAL, Refused, is_grpc};
 use super::replay::RequestBody;
 use super::route::Route;
 use super::target::{Flight, Target, Waiting};
+use super::trail::Trail;
 use super::{explain, switch, tunnel};
 use crate::config::ServicePortName;
 
@@ -63,7 +64,7 @@ struct Outgoing<'a> {
 enum Chosen<'a> {
     /// The way, unless it is that of the service itself, and by which rule.
     Way(Option<Arc<Route>>, Option<(Taken<'a>, &'a Backend)>),
-    Answer(Response<Full<Bytes>>),
+    Answer(Taken<'a>, Response<Full<Bytes>>),
 }
 
 impl Default for Chosen<'_> {
@@ -122,10 +123,11 @@ impl Outbound {
         request: Request<Incoming>,
         caller: Caller,
     ) -> Result<Response<ResponseBody>, Infallible> {
-        let version = request.version();
+        let (version, began) = (request.version(), Instant::now());
+        let mut trail = Trail::begin(&request, &caller, self.access_log.is_some());
         let asked = if is_grpc(request.headers()) { request.headers().clone() } else { HeaderMap::new() };
-        match self.answer(request, &caller).await {
-            Ok(response) => Ok(response),
+        let (mut response, refused) = match self.answer(request, &caller, &mut trail).await {
+            Ok(response) => (response, None),
             Err(refused) => {
                 self.observed.refused(refused.refusal);
                 let (refusal, detail) = (refused.refusal.code(), &refused.detail);
@@ -135,25 +137,34 @@ impl Outbound {
                     // Where a malformed request ends is a matter of opinion; nothing behind it is read.
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                Ok(response)
+                (response, Some((refused.refusal, refused.detail)))
             }
+        };
+        trail.tell(response.headers_mut());
+        if let Some(log) = &self.access_log
+            && let Some(line) = trail.end(response.status(), refused, began)
+        {
+            log.write(line);
         }
+        Ok(response)
     }
 
     async fn answer(
         self: &Arc<Self>,
         mut request: Request<Incoming>,
         caller: &Caller,
+        trail: &mut Trail,
     ) -> Result<Response<ResponseBody>, Refused> {
         let route = self.route_of(&request, caller).await?;
         let began = Instant::now();
         route.begin(began);
         let mut span = self.span(&request, &route);
+        trail.to(&route, span.context());
         if is_plain_connect(&request) {
             return tunnel::connect(self, request, &route, caller, span).await;
         }
         let version = request.version();
-        let explained = request.headers_mut().remove(&explain::ASK).is_some();
+        trail.explained = request.headers_mut().remove(&explain::ASK).is_some() && self.may_ask(caller);
         let policies = route.policies();
         let chosen = match &policies {
             Some(policies) => Box::pin(self.choose(policies, &route, &request)).await?,
@@ -161,13 +172,18 @@ impl Outbound {
         };
         let (way, by) = match chosen {
             Chosen::Way(way, by) => (way, by),
-            Chosen::Answer(response) => return Ok(response.map(ResponseBody::Own)),
+            Chosen::Answer(taken, response) => {
+                trail.redirected(&taken);
+                return Ok(response.map(ResponseBody::Own));
+            }
         };
         let traffic = way.as_ref().map_or_else(|| policies.clone(), |way| way.policies());
+        trail.decided(by.as_ref().map(|(taken, _)| taken), traffic.as_deref().and_then(Policies::traffic_resource));
         let treated = Treated::new(self.schedule, way, by, traffic.as_deref(), &request);
         if let Some(traffic) = &traffic
             && let Some(response) = Box::pin(traffic.disturb(&request)).await
         {
+            trail.answered_here("fault");
             return Ok(response.map(ResponseBody::Own));
         }
         // What only sidecars say to each other is not for applications to say.
@@ -192,19 +208,17 @@ impl Outbound {
         let idempotent = switching.is_none() && retry::is_idempotent(head.method.as_str());
         let session = treated.session.or_else(|| way.session(caller.address.ip()));
         let outgoing = Outgoing { head, body, idempotent, began, session, retrying: treated.retrying };
-        let answered = self.try_all(way, &outgoing, span.context()).await.inspect_err(|refused| span.error(refused))?;
+        let trying = self.try_all(way, &outgoing, span.context(), trail);
+        let answered = trying.await.inspect_err(|refused| span.error(refused))?;
         describe(&mut span, &answered);
         let Answered { mut response, flight, leg, pick, tries } = answered;
         // Of what the far side says in tombolo's name only a refusal counts here.
         headers::strip_own_but(response.headers_mut(), Some(&REFUSAL));
-        if explained {
+        if trail.explained {
             explain::explain(response.headers_mut(), &flight.target, &leg, pick, tries);
         }
         if let Some((taken, backend)) = &treated.by {
             policy::change_response(response.headers_mut(), taken.rule, backend);
-            if explained {
-                explain::route(response.headers_mut(), taken);
-            }
         }
         match switching.filter(|_| response.status().is_success()) {
             Some(switching) => {
@@ -215,6 +229,11 @@ impl Outbound {
         }
     }
 
+    /// Whether this caller may be told which way its requests take.
+    fn may_ask(&self, caller: &Caller) -> bool {
+        self.explain_to.iter().any(|range| range.contains(&caller.address.ip().to_canonical()))
+    }
+
     /// The rule for a request, and the way to its backend.
     async fn choose<'a>(
         &self,
@@ -222,21 +241,16 @@ impl Outbound {
         route: &Arc<Route>,
         request: &Request<Incoming>,
     ) -> Result<Chosen<'a>, Refused> {
-        let Some(taken) = policies.rule(request)? else { return Ok(Chosen::default()) };
+        let Some(taken) = policies.rule(request, rand::random())? else { return Ok(Chosen::default()) };
         let backend = match policy::destination(&taken, request, route.port)? {
             Destination::Backend(backend) => backend,
-            Destination::Answer(response) => return Ok(Chosen::Answer(response)),
+            Destination::Answer(response) => return Ok(Chosen::Answer(taken, response)),
         };
-        let port = backend.port.unwrap_or(route.port);
-        if backend.service == route.service && port == route.port && backend.cluster.is_none() {
-            return Ok(Chosen::Way(None, Some((taken, backend))));
-        }
-        let way = self.services.route_in(&backend.service, port, backend.cluster.as_ref()).await;
-        let way = way.map_err(|refused| match refused.refusal {
-            // What exists for nobody here is no backend (Gateway API: 500).
-            Refusal::UnknownService | Refusal::UnknownPort => Refused::new(Refusal::NoBackend, refused.detail),
-            _ => refused,
-        })?;
+        let way = match policy::way(backend, &route.service, route.port) {
+            Way::Own => return Ok(Chosen::Way(None, Some((taken, backend)))),
+            Way::Other { service, port, cluster } => self.services.route_in(service, port, cluster).await,
+        };
+        let way = way.map_err(policy::no_backend)?;
         way.begin(Instant::now());
         Ok(Chosen::Way(Some(way), Some((taken, backend))))
     }
@@ -283,6 +297,7 @@ impl Outbound {
         route: &Arc<Route>,
         outgoing: &Outgoing<'_>,
         trace: Option<TraceParent>,
+        trail: &mut Trail,
     ) -> Result<Answered, Refused> {
         let Retrying { schedule, backoff, .. } = outgoing.retrying;
         let mut tried: Vec<EndpointKey> = Vec::new();
@@ -291,6 +306,7 @@ impl Outbound {
         loop {
             let (target, pick) =
                 route.pick(&tried, outgoing.session, Instant::now()).ok_or_else(|| no_endpoint(route))?;
+            trail.tried(route, &target, pick, &tried, number);
             if number > 1 {
                 let again = matches!(pick.reason, PickReason::Again | PickReason::LastResort);
                 let pause = if again { PAUSE * (1 << (number - 2).min(6)) } else { Duration::ZERO };

@@ -3,11 +3,13 @@
 //! - [`listener`] accepts connections, `detect` tells what they speak where nobody has said it; [`http`] carries requests, [`tunnel`] opaque bytes.
 //! - [`services`] knows the services in use, [`route`] picks an endpoint of one port, [`target`] is one of them and
 //!   learns from how tries end (decisions in `tombolo_core::{routing, outlier, retry}`).
+//! - [`question`] says what would become of a request, `trail` what became of one, `access_log` keeps that.
 //! - [`dial`] makes legs through [`gateways`], [`pool`] shares them, [`warm`] dials opaque ones ahead, [`upkeep`] tends all of it.
 //!
 //! The names that are accepted, CONNECT included, are `<service>.<namespace>.svc.clusterset.local[:port]`.
 //! CONNECT always carries opaque bytes, to an HTTP port too: what runs inside is not ours to read.
 
+mod access_log;
 mod body;
 mod breaker;
 mod detect;
@@ -20,6 +22,7 @@ pub mod name;
 pub mod observe;
 mod policy;
 pub mod pool;
+pub mod question;
 pub mod refuse;
 pub mod replay;
 pub mod route;
@@ -27,6 +30,7 @@ pub mod services;
 mod state;
 mod switch;
 pub mod target;
+mod trail;
 pub mod tunnel;
 pub mod upkeep;
 pub mod warm;
@@ -34,7 +38,9 @@ pub mod warm;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use tokio::sync::Notify;
+use tombolo_core::capture::parse_range;
 use tombolo_core::outlier::OutlierConfig;
 use tombolo_core::retry::Schedule;
 use tombolo_runtime::drain::DrainWatch;
@@ -44,6 +50,7 @@ use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 
 use crate::config::Config;
+use access_log::AccessLog;
 use dial::LegDialer;
 use gateways::Gateways;
 use observe::Observed;
@@ -61,6 +68,9 @@ pub struct Outbound {
     schedule: Schedule,
     observed: Observed,
     tracer: Tracer,
+    access_log: Option<AccessLog>,
+    /// Whose requests are answered with the way that they took, if they ask.
+    explain_to: Vec<IpNet>,
     pub(crate) drain: DrainWatch,
     pub(crate) connections_max: usize,
     connect_timeout: Duration,
@@ -108,6 +118,9 @@ impl Outbound {
             schedule: Schedule { tries: retry.tries, per_try: retry.per_try_timeout, total: retry.deadline },
             observed,
             tracer: process.tracer.clone(),
+            access_log: config.access_log.as_ref().and_then(|log| AccessLog::start(log, &process.metrics)),
+            // What is no range was refused with the configuration.
+            explain_to: config.explain_to.iter().filter_map(|range| parse_range(range).ok()).collect(),
             drain: process.drain.clone(),
             connect_timeout: limits.connect_timeout,
             detection_timeout: limits.detection_timeout,

@@ -12,11 +12,13 @@ use http::header::{self, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCAT
 use http::uri::{Authority, PathAndQuery};
 use http::{Method, Request, Response, StatusCode, Uri, request};
 use http_body_util::Full;
-use tombolo_core::id::{Namespace, ServiceName};
+use tombolo_core::id::{ClusterId, Namespace, ServiceName};
+use tombolo_core::policy::Resource;
 use tombolo_core::policy::matching::Head;
 use tombolo_core::policy::route::{Backend, HeaderChange, Redirect, Requested, Rewrite, Rule};
 use tombolo_core::policy::set::{Policy, leading};
 use tombolo_core::policy::span::Span;
+pub use tombolo_core::policy::table::Considered;
 use tombolo_core::policy::table::{Action, Decision, RouteTable, Taken};
 use tombolo_core::policy::traffic::{self, HashOn, TrafficPolicy, TrafficSpec};
 use tombolo_core::refusal::Refusal;
@@ -30,6 +32,8 @@ use super::refuse::Refused;
 pub struct Policies {
     table: RouteTable,
     traffic: Option<Arc<TrafficPolicy>>,
+    /// Policies for the service that do not count.
+    outranked: Vec<Resource>,
 }
 
 impl Policies {
@@ -42,19 +46,45 @@ impl Policies {
         let routes: Vec<_> = routes.collect();
         let table = RouteTable::new(&routes, service, port, caller);
         let traffic = leading(policies).cloned();
-        (!table.is_empty() || traffic.is_some()).then(|| Arc::new(Self { table, traffic }))
+        let others = policies.iter().filter_map(|policy| match policy {
+            Policy::Traffic(policy) => Some(policy.resource.clone()),
+            Policy::Route(_) | Policy::Access(_) => None,
+        });
+        let others = others.filter(|other| traffic.as_ref().is_some_and(|leading| leading.resource != *other));
+        let outranked = others.collect();
+        (!table.is_void() || traffic.is_some()).then(|| Arc::new(Self { table, traffic, outranked }))
+    }
+
+    pub fn traffic_resource(&self) -> Option<&Resource> {
+        self.traffic.as_ref().map(|policy| &policy.resource)
+    }
+
+    /// The traffic policies for the service: whether each counts, and why.
+    pub fn traffic_considered<B>(&self, request: &Request<B>) -> Vec<(&Resource, bool, String)> {
+        let counts = self.traffic.iter().map(|policy| {
+            let fault = policy.spec.fault_for(&RequestHead(request));
+            let fault = if fault.is_some() { "; one of its faults may delay or answer the request" } else { "" };
+            (&policy.resource, true, format!("it decides for the service{fault}"))
+        });
+        let older = "another one decides: of several the oldest, then the first by name";
+        counts.chain(self.outranked.iter().map(|resource| (resource, false, older.to_owned()))).collect()
+    }
+
+    /// Every rule with why it is taken, or not.
+    pub fn considered<B>(&self, request: &Request<B>) -> Vec<Considered<'_>> {
+        self.table.explain(&RequestHead(request))
     }
 
     pub fn traffic(&self) -> Option<&TrafficSpec> {
         self.traffic.as_ref().map(|policy| &policy.spec)
     }
 
-    /// The rule for a request; `None` when it goes to the service itself.
+    /// The rule for a request; `None` when it goes to the service itself. `draw` is any number, evenly distributed.
     ///
     /// # Errors
     /// `NoRoute` when there are routes, and none of their rules is for this request.
-    pub fn rule<B>(&self, request: &Request<B>) -> Result<Option<Taken<'_>>, Refused> {
-        match self.table.pick(&RequestHead(request), rand::random()) {
+    pub fn rule<B>(&self, request: &Request<B>, draw: u64) -> Result<Option<Taken<'_>>, Refused> {
+        match self.table.pick(&RequestHead(request), draw) {
             Decision::Unrouted => Ok(None),
             Decision::Taken(taken) => Ok(Some(taken)),
             Decision::NoMatch => Err(Refused::new(Refusal::NoRoute, request.uri().path())),
@@ -97,6 +127,35 @@ pub fn destination<'a, B>(taken: &Taken<'a>, request: &Request<B>, port: u16) ->
         Action::Forward(backend) => Ok(Destination::Backend(backend)),
         Action::Redirect(redirect) => Ok(Destination::Answer(redirected(redirect, taken, request, port))),
         Action::NoBackend => Err(Refused::new(Refusal::NoBackend, decided_by(taken))),
+    }
+}
+
+/// Whose endpoints a backend means.
+pub enum Way<'a> {
+    /// Those of the service and port that the request names.
+    Own,
+    Other {
+        service: &'a ServiceName,
+        port: u16,
+        cluster: Option<&'a ClusterId>,
+    },
+}
+
+/// The way to a backend of a route of `service`.
+pub fn way<'a>(backend: &'a Backend, service: &ServiceName, port: u16) -> Way<'a> {
+    let (to, cluster) = (backend.port.unwrap_or(port), backend.cluster.as_ref());
+    if backend.service == *service && to == port && cluster.is_none() {
+        Way::Own
+    } else {
+        Way::Other { service: &backend.service, port: to, cluster }
+    }
+}
+
+/// What exists for nobody here is no backend (Gateway API: 500).
+pub fn no_backend(refused: Refused) -> Refused {
+    match refused.refusal {
+        Refusal::UnknownService | Refusal::UnknownPort => Refused::new(Refusal::NoBackend, refused.detail),
+        _ => refused,
     }
 }
 

@@ -14,9 +14,11 @@ use tombolo_core::model::{AppProtocol, Origin, SessionAffinity};
 use tombolo_core::outlier::{Elsewhere, Outcome, OutlierConfig, OutlierEvent};
 use tombolo_core::retry::RetryBudget;
 use tombolo_core::routing::{
-    self, Balance, ClusterReach, ClusterView, Draw, EndpointKey, EndpointView, Pick, Plan, Preferences, Router,
+    self, Balance, ClusterReach, ClusterView, Draw, EndpointKey, EndpointView, Pick, PickReason, Plan, Preferences,
+    Router, Verdict,
 };
 use tombolo_leg::discovery::{ServiceView, ShareView};
+use tombolo_runtime::metrics::Metrics;
 use tombolo_trust::svid::SvidSource;
 
 use super::breaker::Breaker;
@@ -28,6 +30,8 @@ use super::target::{Place, Target, lock, ms_since};
 
 /// A route without a request for this long is no longer looked at often.
 const IDLE_MS: u64 = 1_000;
+/// Endpoints that one header speaks of.
+const PASSED_OVER_MAX: usize = 8;
 
 /// What a route needs from its surroundings.
 #[derive(Clone)]
@@ -47,6 +51,14 @@ pub struct Surroundings {
     pub upkeep: Arc<Notify>,
     /// From which times are counted in this process.
     pub base: Instant,
+}
+
+impl Surroundings {
+    /// The same for a route that only shows what would be: what it counts, nobody sees.
+    pub fn unseen(&self) -> Self {
+        let (observed, upkeep) = (Observed::new(&Metrics::new("unseen")), Arc::default());
+        Self { observed, upkeep, ..self.clone() }
+    }
 }
 
 /// One port of one service.
@@ -191,6 +203,32 @@ impl Route {
         let pick = live.plan.pick(draw, |index| live.targets[index].load_at(now_ms))?;
         self.around.observed.picked(pick);
         Some((live.targets[pick.endpoint].clone(), pick))
+    }
+
+    /// The pick that one more request would get, if chance said what it always says here, and what is said of each
+    /// endpoint of the plan. Changes nothing.
+    pub fn explain(&self, session: Option<u64>, now: Instant) -> (Arc<Live>, Option<Pick>, Vec<Verdict>) {
+        let live = self.live();
+        let (turn, now_ms) = (self.turn.load(Ordering::Relaxed), ms_since(self.around.base, now));
+        let draw = Draw { random: routing::FIRST, turn, session, tried: &[], now };
+        let pick = live.plan.pick(draw, |index| live.targets[index].load_at(now_ms));
+        let verdicts = live.plan.explain(pick, &[]);
+        (live, pick, verdicts)
+    }
+
+    /// What is said of the endpoints that were not picked, for a header: at most 8 of them.
+    pub fn passed_over(&self, target: &Target, reason: PickReason, tried: &[EndpointKey]) -> String {
+        let live = self.live();
+        let endpoint = live.plan.endpoints.iter().position(|endpoint| endpoint.key == target.key);
+        let pick = endpoint.map(|endpoint| Pick { endpoint, reason, spilled: false });
+        let verdicts = live.plan.explain(pick, tried);
+        let others = live.plan.endpoints.iter().zip(verdicts).filter(|(endpoint, _)| endpoint.key != target.key);
+        let others: Vec<_> = others.map(|(it, why)| format!("{}/{}: {why}", it.key.cluster, it.key.endpoint)).collect();
+        let mut said = others[..others.len().min(PASSED_OVER_MAX)].join("; ");
+        if let Some(more) = others.len().checked_sub(PASSED_OVER_MAX).filter(|more| *more > 0) {
+            said.push_str(&format!("; and {more} more"));
+        }
+        said
     }
 
     /// Takes in what discovery says; `None` when nobody exports the service to here any more.

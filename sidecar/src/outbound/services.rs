@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::refusal::Refusal;
-use tombolo_leg::discovery::{ServiceState, SidecarDiscovery, Subscription};
+use tombolo_leg::discovery::{ServiceState, ServiceView, SidecarDiscovery, Subscription};
 
 use super::name;
 use super::refuse::Refused;
@@ -55,6 +55,8 @@ pub struct Services {
     limits: ServiceLimits,
     /// By authority as requests write it, for the hot path.
     by_authority: ArcSwap<HashMap<Box<str>, Arc<Route>>>,
+    /// The routes of all entries, for the hot path too: what a request's own route sends elsewhere looks here.
+    by_service: ArcSwap<HashMap<ServiceName, Vec<Arc<Route>>>>,
     entries: Mutex<BTreeMap<ServiceName, Entry>>,
 }
 
@@ -67,6 +69,12 @@ struct Entry {
     follower: AbortHandle,
 }
 
+/// A route that somebody looks at, with what keeps it informed while it is one that no request uses.
+pub struct Looked {
+    pub route: Arc<Route>,
+    _feed: Option<Feed>,
+}
+
 impl Drop for Entry {
     fn drop(&mut self) {
         self.follower.abort();
@@ -75,7 +83,8 @@ impl Drop for Entry {
 
 impl Services {
     pub fn new(source: Box<dyn ServiceSource>, around: Surroundings, limits: ServiceLimits) -> Self {
-        Self { source, around, limits, by_authority: ArcSwap::default(), entries: Mutex::default() }
+        let (by_authority, by_service) = Default::default();
+        Self { source, around, limits, by_authority, by_service, entries: Mutex::default() }
     }
 
     /// The route for an authority that was resolved before.
@@ -95,18 +104,79 @@ impl Services {
         self.route_in(service, port, None).await
     }
 
-    /// The route to the endpoints of one cluster alone, or of all.
+    /// The route to the endpoints of one cluster alone, or of all. Takes a lock only where there is none yet.
     pub async fn route_in(
         &self,
         service: &ServiceName,
         port: u16,
         only: Option<&ClusterId>,
     ) -> Result<Arc<Route>, Refused> {
+        if let Some(route) = self.standing(service, port, only) {
+            return Ok(route);
+        }
         let (mut updates, routes) = {
             let mut entries = lock(&self.entries);
             let entry = self.entry(&mut entries, service)?;
             (entry.feed.updates.clone(), entry.routes.clone())
         };
+        self.told(&mut updates, service, port).await?;
+        let key = (port, only.cloned());
+        let route = {
+            let mut routes = lock(&routes);
+            if let Some(route) = routes.get(&key) {
+                return Ok(route.clone());
+            }
+            if routes.len() >= PORTS_MAX {
+                return Err(Refused::new(Refusal::Overloaded, format!("{service}: too many of its ports are in use")));
+            }
+            let route = Arc::new(Route::new(service.clone(), port, key.1.clone(), self.around.clone()));
+            let now = Instant::now();
+            route.begin(now);
+            // Read again under the lock: the follower may have handed a newer state to the other routes just now.
+            let newest = match &*updates.borrow() {
+                ServiceState::Known(newest) => Some(newest.clone()),
+                ServiceState::Waiting | ServiceState::Unknown => None,
+            };
+            route.apply(newest, now);
+            routes.insert(key, route.clone());
+            route
+        };
+        self.index(&lock(&self.entries));
+        Ok(route)
+    }
+
+    /// The route that is there already and has somewhere to go.
+    fn standing(&self, service: &ServiceName, port: u16, only: Option<&ClusterId>) -> Option<Arc<Route>> {
+        let known = self.by_service.load();
+        let of_service = known.get(service)?.iter();
+        let mut meant = of_service.filter(|route| route.port == port && route.only.as_ref() == only);
+        meant.next().filter(|route| route.is_exported()).cloned()
+    }
+
+    /// The route as [`route_in`](Self::route_in) has it, for somebody who sends nothing: nobody else sees that it was
+    /// looked at. A service that no request uses is asked for, and let go of.
+    pub async fn look(&self, service: &ServiceName, port: u16, only: Option<&ClusterId>) -> Result<Looked, Refused> {
+        if let Some(route) = self.standing(service, port, only) {
+            return Ok(Looked { route, _feed: None });
+        }
+        let held = lock(&self.entries).get(service).map(|entry| entry.feed.clone());
+        let mut feed = match held {
+            Some(feed) => feed,
+            None => self.source.subscribe(service)?,
+        };
+        let view = self.told(&mut feed.updates, service, port).await?;
+        let route = Arc::new(Route::new(service.clone(), port, only.cloned(), self.around.unseen()));
+        route.apply(Some(view), Instant::now());
+        Ok(Looked { route, _feed: Some(feed) })
+    }
+
+    /// Waits for the first word on a service; it must have the port.
+    async fn told(
+        &self,
+        updates: &mut watch::Receiver<ServiceState>,
+        service: &ServiceName,
+        port: u16,
+    ) -> Result<Arc<ServiceView>, Refused> {
         let told = updates.wait_for(|state| !matches!(state, ServiceState::Waiting));
         let state = match tokio::time::timeout(self.limits.wait, told).await {
             Ok(Ok(state)) => state.clone(),
@@ -122,25 +192,7 @@ impl Services {
             let has: Vec<_> = view.shares.iter().flat_map(|share| &share.share.export.ports).map(|p| p.port).collect();
             return Err(Refused::new(Refusal::UnknownPort, format!("{service} has no TCP port {port}, but {has:?}")));
         }
-        let mut routes = lock(&routes);
-        let key = (port, only.cloned());
-        if let Some(route) = routes.get(&key) {
-            return Ok(route.clone());
-        }
-        if routes.len() >= PORTS_MAX {
-            return Err(Refused::new(Refusal::Overloaded, format!("{service}: too many of its ports are in use")));
-        }
-        let route = Arc::new(Route::new(service.clone(), port, key.1.clone(), self.around.clone()));
-        let now = Instant::now();
-        route.begin(now);
-        // Read again under the lock: the follower may have handed a newer state to the other routes just now.
-        let newest = match &*updates.borrow() {
-            ServiceState::Known(newest) => Some(newest.clone()),
-            ServiceState::Waiting | ServiceState::Unknown => None,
-        };
-        route.apply(newest, now);
-        routes.insert(key, route.clone());
-        Ok(route)
+        Ok(view)
     }
 
     fn entry<'a>(
@@ -171,6 +223,13 @@ impl Services {
         });
     }
 
+    /// Makes the routes of these entries known to requests.
+    fn index(&self, entries: &BTreeMap<ServiceName, Entry>) {
+        let routes = |entry: &Entry| lock(&entry.routes).values().cloned().collect::<Vec<_>>();
+        let all = entries.iter().map(|(service, entry)| (service.clone(), routes(entry)));
+        self.by_service.store(Arc::new(all.collect()));
+    }
+
     /// All routes in use.
     pub fn routes(&self) -> Vec<Arc<Route>> {
         let entries = lock(&self.entries);
@@ -189,6 +248,7 @@ impl Services {
         let before = entries.len();
         entries.retain(|_, entry| !idle(entry));
         if entries.len() != before {
+            self.index(&entries);
             let gone = |route: &Arc<Route>| !entries.contains_key(&route.service);
             self.by_authority.rcu(|names| {
                 let mut names = HashMap::clone(names);
@@ -217,3 +277,6 @@ async fn follow(mut updates: watch::Receiver<ServiceState>, routes: Routes) {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -211,3 +211,37 @@ fn what_crosses_the_wire_is_the_same_route() {
         assert_eq!(serde_json::from_str::<Route>(&newer).unwrap(), route);
     }
 }
+
+#[test]
+fn every_backend_of_the_taken_rule_is_explained() {
+    let mut shop = (*http("shop/web", 0, &[("web", "[]")])).clone();
+    let weighed = |service, weight| Backend { weight, ..backend(service) };
+    shop.rules[0].backends = vec![weighed("dark", 0), weighed("web", 3), weighed("canary", 1)];
+    let table = table(&[Arc::new(shop)], "shop");
+    let said = |draw| {
+        let Decision::Taken(taken) = table.pick(&get("/"), draw) else { panic!("not taken") };
+        let line = |(backend, why): (&Backend, BackendVerdict)| format!("{}: {why}", backend.service.name());
+        taken.backends().into_iter().map(line).collect::<Vec<_>>()
+    };
+    let dark = "dark: its weight is 0";
+    let [taken, beside] = ["drawn", "another is drawn"];
+    assert_eq!(
+        said(0),
+        [
+            dark,
+            &format!("web: {taken}: 75.0 % of the rule's requests"),
+            &format!("canary: {beside}: 25.0 % of the rule's requests")
+        ]
+    );
+    assert_eq!(
+        said(3),
+        [
+            dark,
+            &format!("web: {beside}: 75.0 % of the rule's requests"),
+            &format!("canary: {taken}: 25.0 % of the rule's requests")
+        ]
+    );
+    let table = self::table(&[http("shop/web", 0, &[("web", "[]")])], "shop");
+    let Decision::Taken(taken) = table.pick(&get("/"), 9) else { panic!("not taken") };
+    assert_eq!(taken.backends()[0].1.to_string(), "all of the rule's requests");
+}
