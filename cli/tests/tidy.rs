@@ -30,7 +30,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("tombolo-federation", ROLE_WITH_DNS),
     ("tombolo-sidecar", ROLE_WITH_DNS),
     ("tombolo-testbed", &[]),
-    ("tombolo-terraform", &[]),
+    ("tombolo-terraform", &["tombolo-testbed"]),
     ("tombolo-kind-tests", &["tombolo-testbed"]),
     ("tombolo-bench", &["tombolo-kind-tests", "tombolo-testbed"]),
     ("tombolo", ALL),

@@ -5,6 +5,7 @@ mod cluster;
 pub mod kubernetes;
 mod namespace;
 mod process;
+pub mod terraform;
 
 pub use cluster::{Announced, Cluster, Sidecar};
 pub use namespace::Namespace;

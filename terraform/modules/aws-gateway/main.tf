@@ -6,6 +6,8 @@ locals {
 }
 
 resource "aws_eip" "tunnel" {
+  #checkov:skip=CKV2_AWS_19:The load balancer controller attaches it to the load balancer that it makes
+
   count = length(var.subnet_ids)
 
   domain = "vpc"
@@ -13,6 +15,8 @@ resource "aws_eip" "tunnel" {
 }
 
 resource "aws_security_group" "load_balancer" {
+  #checkov:skip=CKV2_AWS_5:The load balancer controller attaches it to the load balancer that it makes
+
   name        = "${var.name}-tunnel"
   description = "Tunnels between gateways, in front of ${var.name}"
   vpc_id      = var.vpc_id

@@ -1,9 +1,9 @@
 variable "clusters" {
-  description = "The two clusters to link, by cluster id: `roots`, the PEM certificates of its trust domain (`ca.pem` in its federation's state); `gateways`, host:port at which the other one dials it, [] where it can't; `imports`, what the other one may bring in here, `exports`, what the other one is offered, each of *, namespace/* and namespace/name; `sequence`, to be raised with every change of the roots."
+  description = "The two clusters to link, by cluster id: `roots`, the PEM certificates of its trust domain, best as the whole text of `ca.pem` in its federation's state, which says the trust domain and the sequence too; `gateways`, host:port at which the other one dials it, [] where it can't; `imports`, what the other one may bring in here, `exports`, what the other one is offered, each of *, namespace/* and namespace/name. `trust_domain` (<id>.tombolo) and `sequence` (0, to be raised with every change of the roots) are for roots that don't say."
   type = map(object({
     roots        = string
     trust_domain = optional(string)
-    sequence     = optional(number, 0)
+    sequence     = optional(number)
     gateways     = optional(list(string), [])
     imports      = optional(list(string), [])
     exports      = optional(list(string), ["*"])
@@ -20,12 +20,12 @@ variable "clusters" {
   }
 
   validation {
-    condition     = alltrue([for cluster in values(var.clusters) : can(regex("^(-----BEGIN CERTIFICATE-----\\n[A-Za-z0-9+/=\\n]+\\n-----END CERTIFICATE-----\\n?)+$", cluster.roots))])
+    condition     = alltrue([for cluster in values(var.clusters) : can(regex("^(Trust-Domain: [^\\n]+\\n|Sequence: [0-9]+\\n)*(-----BEGIN CERTIFICATE-----\\n[A-Za-z0-9+/=\\n]+\\n-----END CERTIFICATE-----\\n?)+$", cluster.roots))])
     error_message = "clusters: roots must be PEM certificates and nothing else; a private key has no place here."
   }
 
   validation {
-    condition     = length(distinct([for name, cluster in var.clusters : coalesce(cluster.trust_domain, "${name}.tombolo")])) == length(var.clusters)
+    condition     = length(distinct([for name, cluster in var.clusters : coalesce(cluster.trust_domain, try(regex("(?m)^Trust-Domain: (.+)$", cluster.roots)[0], null), "${name}.tombolo")])) == length(var.clusters)
     error_message = "clusters: each must have a trust domain of its own."
   }
 
@@ -45,7 +45,7 @@ variable "clusters" {
   }
 
   validation {
-    condition     = alltrue([for cluster in values(var.clusters) : cluster.sequence >= 0 && cluster.sequence == floor(cluster.sequence)])
+    condition     = alltrue([for cluster in values(var.clusters) : try(cluster.sequence >= 0 && cluster.sequence == floor(cluster.sequence), cluster.sequence == null)])
     error_message = "clusters: sequence must be a whole number."
   }
 }

@@ -4,136 +4,18 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod support;
+
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::OnceLock;
+use std::path::PathBuf;
+use std::process::Command;
 
 use regex::Regex;
 use serde_json::{Value, json};
-use tempfile::TempDir;
-
-const PROVIDERS: [&str; 3] = ["aws", "azurerm", "google"];
-/// The first one that knows what the modules need: validations that look at other variables.
-const TERRAFORM_MINOR_MIN: u32 = 9;
-
-fn terraform_folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
-}
-
-/// The Terraform to run: of `TERRAFORM`, in the `PATH`, or from `testbed/tools/install`; `None` skips a test by name where
-/// there is none, which fails where everything must run.
-fn terraform() -> Option<&'static Path> {
-    static FOUND: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let found = FOUND.get_or_init(|| {
-        let named = std::env::var_os("TERRAFORM").map(PathBuf::from);
-        let tools = std::env::var_os("TOMBOLO_TEST_TOOLS").map(PathBuf::from);
-        let tools = tools.unwrap_or_else(|| terraform_folder().join("../target/test-tools"));
-        let candidates = named.into_iter().chain([PathBuf::from("terraform"), tools.join("terraform")]);
-        candidates.into_iter().find(|program| is_new_enough(program))
-    });
-    if found.is_none() {
-        let needs = format!("Terraform 1.{TERRAFORM_MINOR_MIN} or newer (testbed/tools/install brings one)");
-        assert!(std::env::var_os("TOMBOLO_REQUIRE_ALL").is_none(), "this test needs {needs}");
-        println!("skipped: needs {needs}");
-    }
-    found.as_deref()
-}
-
-fn is_new_enough(program: &Path) -> bool {
-    let Ok(output) = Command::new(program).args(["version", "-json"]).env_remove("TF_CLI_CONFIG_FILE").output() else {
-        return false;
-    };
-    let Ok(answer) = serde_json::from_slice::<Value>(&output.stdout) else { return false };
-    let version = answer["terraform_version"].as_str().unwrap_or_default().to_owned();
-    let mut numbers = version.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (1, TERRAFORM_MINOR_MIN)
-}
-
-/// A copy of the modules and examples, and a mirror of providers: the real tree stays as it is.
-struct Copy {
-    directory: TempDir,
-    terraform: &'static Path,
-}
-
-impl Copy {
-    fn new() -> Option<Self> {
-        let terraform = terraform()?;
-        let directory = TempDir::new().unwrap();
-        for folder in ["modules", "examples"] {
-            copy(&terraform_folder().join(folder), &directory.path().join(folder));
-        }
-        let platform = match std::env::consts::ARCH {
-            "x86_64" => "linux_amd64",
-            "aarch64" => "linux_arm64",
-            other => panic!("no platform of Terraform's for {other}"),
-        };
-        let schemas = terraform_folder().join("tools/schemas");
-        for name in PROVIDERS {
-            let schema = fs::read_to_string(schemas.join(format!("{name}.json"))).unwrap();
-            let version =
-                serde_json::from_str::<Value>(&schema).unwrap()["provider_version"].as_str().unwrap().to_owned();
-            let package = format!("mirror/registry.terraform.io/hashicorp/{name}/{version}/{platform}");
-            let package = directory.path().join(package);
-            fs::create_dir_all(&package).unwrap();
-            fs::write(package.join("schema.json"), schema).unwrap();
-            fs::copy(schemas.join("enums.json"), package.join("enums.json")).unwrap();
-            let executable = package.join(format!("terraform-provider-{name}_v{version}"));
-            let ours = env!("CARGO_BIN_EXE_terraform-provider-schema");
-            fs::hard_link(ours, &executable).or_else(|_| fs::copy(ours, &executable).map(drop)).unwrap();
-        }
-        let mirror = directory.path().join("mirror");
-        let settings =
-            format!("provider_installation {{\n  filesystem_mirror {{ path = \"{}\" }}\n}}\n", mirror.display());
-        fs::write(directory.path().join("settings.tfrc"), settings).unwrap();
-        Some(Self { directory, terraform })
-    }
-
-    fn folder(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn run(&self, folder: &Path, arguments: &[&str]) -> Output {
-        let mut command = Command::new(self.terraform);
-        command.args(arguments).current_dir(folder);
-        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TF_")) {
-            command.env_remove(name);
-        }
-        command
-            .env("TF_CLI_CONFIG_FILE", self.directory.path().join("settings.tfrc"))
-            .env("TF_DISABLE_PLUGIN_TLS", "1")
-            .env("TF_IN_AUTOMATION", "1")
-            .env("CHECKPOINT_DISABLE", "1")
-            .output()
-            .unwrap()
-    }
-
-    fn succeed(&self, folder: &Path, arguments: &[&str]) -> String {
-        let output = self.run(folder, arguments);
-        let name = folder.strip_prefix(self.directory.path()).unwrap_or(folder).display();
-        assert!(output.status.success(), "terraform {arguments:?} in {name}:\n{}", both(&output));
-        both(&output)
-    }
-}
-
-fn both(output: &Output) -> String {
-    [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat()
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let name = entry.file_name();
-        // What an operator's own runs left in the tree is none of the test's.
-        if entry.path().is_dir() && name != ".terraform" {
-            copy(&entry.path(), &to.join(name));
-        } else if entry.path().is_file() && name != ".terraform.lock.hcl" {
-            fs::copy(entry.path(), to.join(name)).unwrap();
-        }
-    }
-}
+use support::{Copy, PROVIDERS, both, skip, terraform, terraform_folder, tools};
+use tombolo_testbed::terraform::command;
 
 /// `modules/NAME` and `examples/NAME`, all of them.
 fn roots() -> Vec<String> {
@@ -158,8 +40,8 @@ fn source(root: &str) -> String {
 #[test]
 fn everything_is_formatted() {
     let Some(terraform) = terraform() else { return };
-    let mut command = Command::new(terraform);
-    command.args(["fmt", "-check", "-diff", "-recursive"]).arg(terraform_folder()).env_remove("TF_CLI_CONFIG_FILE");
+    let mut command = command(terraform);
+    command.args(["fmt", "-check", "-diff", "-recursive"]).arg(terraform_folder());
     let output = command.output().unwrap();
     assert!(output.status.success(), "run terraform fmt -recursive terraform\n{}", both(&output));
 }
@@ -167,11 +49,7 @@ fn everything_is_formatted() {
 #[test]
 fn the_tables_of_every_readme_are_what_the_variables_say() {
     let output = Command::new("python3").arg(terraform_folder().join("tools/tables")).arg("--check").output();
-    let Ok(output) = output else {
-        assert!(std::env::var_os("TOMBOLO_REQUIRE_ALL").is_none(), "this test needs python3");
-        println!("skipped: needs python3");
-        return;
-    };
+    let Ok(output) = output else { return skip("python3") };
     assert!(output.status.success(), "{}", both(&output));
 }
 
@@ -294,5 +172,25 @@ fn the_schemas_find_mistakes() {
                 assert!(told["valid"] == false && text.contains(says), "{body} must be refused with {says:?}:\n{text}")
             }
         }
+    }
+}
+
+/// Where a resource deliberately does what the scanner warns of, a comment in it says why.
+#[test]
+fn the_policy_scanner_finds_nothing() {
+    let checkov = tools().join("checkov/bin/checkov");
+    if !checkov.is_file() {
+        return skip("checkov (testbed/tools/install brings it)");
+    }
+    let mut command = Command::new(checkov);
+    command.args(["--framework", "terraform", "--skip-download", "--compact", "--output", "json", "--directory"]);
+    let output = command.arg(terraform_folder()).output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", both(&output)));
+    let summary = &report["summary"];
+    assert!(output.status.success() && summary["failed"] == 0, "{:#}", report["results"]["failed_checks"]);
+    assert!(summary["passed"].as_u64() > Some(30) && summary["parsing_errors"] == 0, "{summary}");
+    for skipped in report["results"]["skipped_checks"].as_array().unwrap() {
+        let reason = skipped["check_result"]["suppress_comment"].as_str().unwrap_or_default();
+        assert!(reason.split_whitespace().count() >= 5, "a reason for {}: {reason:?}", skipped["check_id"]);
     }
 }

@@ -47,3 +47,20 @@ run "each_is_told_of_the_other" {
     error_message = "each cluster's ClusterPeer has the other one's roots and gateways, and its own grants"
   }
 }
+
+run "what_the_roots_say_counts" {
+  variables {
+    clusters = {
+      west = { roots = "Trust-Domain: west.example.com\nSequence: 7\n-----BEGIN CERTIFICATE-----\nd2VzdA==\n-----END CERTIFICATE-----\n-----BEGIN CERTIFICATE-----\nd2VzdDI=\n-----END CERTIFICATE-----\n" }
+      east = { roots = "Trust-Domain: wrong.example.com\nSequence: 7\n-----BEGIN CERTIFICATE-----\nZWFzdA==\n-----END CERTIFICATE-----\n", trust_domain = "east.example.com", sequence = 9, gateways = ["gw:1"] }
+    }
+  }
+
+  assert {
+    condition = [for id in ["east", "west"] : merge(yamldecode(output.manifests[id]).spec.bundle, { trustDomain = yamldecode(output.manifests[id]).spec.trustDomain })] == [
+      { trustDomain = "west.example.com", sequence = 7, roots = "-----BEGIN CERTIFICATE-----\nd2VzdA==\n-----END CERTIFICATE-----\n-----BEGIN CERTIFICATE-----\nd2VzdDI=\n-----END CERTIFICATE-----\n" },
+      { trustDomain = "east.example.com", sequence = 9, roots = "-----BEGIN CERTIFICATE-----\nZWFzdA==\n-----END CERTIFICATE-----\n" },
+    ]
+    error_message = "certificates only, with the trust domain and sequence of their file, unless said otherwise"
+  }
+}
