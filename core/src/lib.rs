@@ -21,6 +21,7 @@ pub mod import;
 pub mod invitation;
 pub mod join;
 pub mod liveness;
+pub mod mcs;
 pub mod model;
 pub mod outlier;
 pub mod policy;

@@ -159,6 +159,7 @@ enum Input {
     Addressed(Arc<Addresses>, oneshot::Sender<()>),
     Settle(oneshot::Sender<()>),
     DeclaredRefused(Vec<SourceProblem>),
+    NotWritten(Vec<SourceProblem>),
     OwnBundleChanged(Bundle),
     OwnRevoked { sequence: u64, ids: BTreeSet<SpiffeId>, done: oneshot::Sender<()> },
     Command(GatewayId, PeeringCommand, oneshot::Sender<Result<(), CommandRefused>>),
@@ -221,6 +222,11 @@ impl HubHandle {
     /// Peers that the source declares and that are not made, with the reason of each; all of them.
     pub async fn declared_refused(&self, problems: Vec<SourceProblem>) -> Result<(), HubGone> {
         self.send(Input::DeclaredRefused(problems)).await
+    }
+
+    /// Objects that can't be written to the API server, with the reason of each; all of them.
+    pub(crate) async fn not_written(&self, problems: Vec<SourceProblem>) -> Result<(), HubGone> {
+        self.send(Input::NotWritten(problems)).await
     }
 
     /// The own CA publishes another bundle (`trust add-root`); pushed to gateways, sidecars and peers.

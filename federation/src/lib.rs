@@ -8,6 +8,8 @@ pub mod config;
 pub mod discovery;
 pub mod hub;
 pub mod identity;
+pub mod kubernetes;
+pub mod mcs;
 pub mod operator;
 pub mod peering;
 pub mod registry;

@@ -1,6 +1,7 @@
 //! Runs a federation: opens the state, starts the hub and everything around it, and drains.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -29,10 +30,12 @@ use crate::config::{Config, SourceConfig};
 use crate::discovery::DiscoveryService;
 use crate::hub::{self, HubHandle, HubStart, PeeringEvent, remembered};
 use crate::identity::IdentityService;
+use crate::kubernetes;
+use crate::mcs::Writer;
 use crate::operator::{OperatorService, OperatorSocket};
 use crate::peering::{self, Peering};
 use crate::report;
-use crate::source::kubernetes::{self, KubernetesSettings};
+use crate::source::kubernetes::{KubernetesSettings, start as start_kubernetes};
 use crate::source::{self, SourceHandle, SourceSettings};
 use crate::store::Store;
 use crate::sync::publisher::Publisher;
@@ -76,7 +79,8 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     hub.own_revoked(revoked.sequence, revoked.ids).await?;
 
     let mut tasks = JoinSet::new();
-    let started = start_source(&config, &base, &hub, &process.readiness, &mut tasks);
+    let opened = open_source(&config.source).await?;
+    let started = start_source(&config, &opened, &base, &hub, &process.readiness, &mut tasks);
     let source = tokio::select! {
         started = started => started?,
         // An API server may be away for long.
@@ -86,6 +90,9 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     let ranges = config.virtual_addresses;
     let allocator = Allocator::start(hub.clone(), base.store.clone(), ranges, &process.metrics).await?;
     tasks.spawn(allocator.run());
+    if let OpenedSource::Kubernetes { client, .. } = opened {
+        tasks.spawn(Writer::new(client, hub.clone(), source.state(), &process.metrics).run());
+    }
     tasks.spawn(peering::follow_declared(peering.clone(), source.clone()));
     tasks.spawn(remembered::follow(hub.clone(), config.state.clone()));
     tasks.spawn(report::follow(hub.clone(), process.metrics.clone()));
@@ -160,9 +167,26 @@ async fn bind(field: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("can't listen on {address} ({field})"))
 }
 
+/// Where the source is read.
+enum OpenedSource {
+    Directory(PathBuf),
+    Kubernetes { client: kube::Client, server: String },
+}
+
+async fn open_source(config: &SourceConfig) -> anyhow::Result<OpenedSource> {
+    Ok(match config {
+        SourceConfig::Directory(directory) => OpenedSource::Directory(directory.clone()),
+        SourceConfig::Kubernetes(kubernetes) => {
+            let (client, server) = kubernetes::connect(kubernetes).await?;
+            OpenedSource::Kubernetes { client, server }
+        }
+    })
+}
+
 /// Reads the source once before anybody is answered, so that a restart does not look like a withdrawal.
 async fn start_source(
     config: &Config,
+    opened: &OpenedSource,
     base: &Base,
     hub: &HubHandle,
     readiness: &Readiness,
@@ -170,14 +194,14 @@ async fn start_source(
 ) -> anyhow::Result<SourceHandle> {
     let read = readiness.condition("source", "the source has not been read yet");
     let (cluster, trust_domain) = (config.cluster.clone(), config.trust_domain());
-    let source = match &config.source {
-        SourceConfig::Directory(directory) => {
+    let source = match opened {
+        OpenedSource::Directory(directory) => {
             let settings = SourceSettings { directory: directory.clone(), cluster, trust_domain };
             source::start(settings, base.store.clone()).await
         }
-        SourceConfig::Kubernetes(kubernetes) => {
-            let settings = KubernetesSettings { kubernetes: kubernetes.clone(), cluster, trust_domain };
-            kubernetes::start(settings).await?
+        OpenedSource::Kubernetes { client, server } => {
+            let (client, server) = (client.clone(), server.clone());
+            start_kubernetes(KubernetesSettings { client, server, cluster, trust_domain }).await
         }
     };
     let first = source.state().borrow().as_ref().clone();

@@ -80,7 +80,7 @@ pub struct ServiceImportStatus {
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["cluster"]))]
     pub clusters: Vec<ExportingCluster>,
-    /// Ready: whether callers reach it.
+    /// Ready: whether it can be used; it has its addresses then.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -79,6 +79,8 @@ pub(super) struct State {
     pub(super) local: LocalState,
     /// Declared peers that are not made.
     declared_refused: Vec<SourceProblem>,
+    /// Objects that can't be written to the API server.
+    not_written: Vec<SourceProblem>,
     pub(super) catalog: Catalog,
     pub(super) peers: BTreeMap<ClusterId, Peer>,
     pub(super) dirty: Dirty,
@@ -128,6 +130,7 @@ impl State {
             revocations: Arc::default(),
             local: LocalState::default(),
             declared_refused: Vec::new(),
+            not_written: Vec::new(),
             peers: BTreeMap::new(),
             dirty: Dirty { trust: true, view: true, ..Dirty::default() },
             revision_floor: 0,
@@ -196,7 +199,16 @@ impl State {
                 self.answers.push(done);
             }
             Input::Settle(done) => self.answers.push(done),
-            Input::DeclaredRefused(problems) => self.handle_declared_refused(problems),
+            Input::DeclaredRefused(problems) => {
+                tell(&problems, &self.declared_refused);
+                self.declared_refused = problems;
+                self.dirty.view = true;
+            }
+            Input::NotWritten(problems) => {
+                tell(&problems, &self.not_written);
+                self.not_written = problems;
+                self.dirty.view = true;
+            }
             Input::OwnBundleChanged(bundle) => self.handle_own_bundle(bundle),
             Input::OwnRevoked { sequence, ids, done } => {
                 self.handle_own_revoked(Revocations { sequence, ids });
@@ -297,16 +309,8 @@ impl State {
         self.commit_authorities();
     }
 
-    fn handle_declared_refused(&mut self, problems: Vec<SourceProblem>) {
-        for problem in problems.iter().filter(|problem| !self.declared_refused.contains(problem)) {
-            tracing::warn!(file = %problem.file, line = problem.line, reason = %problem.reason, "source");
-        }
-        self.declared_refused = problems;
-        self.dirty.view = true;
-    }
-
     fn problems(&self) -> Vec<SourceProblem> {
-        let mut problems = [self.local.problems.as_slice(), &self.declared_refused].concat();
+        let mut problems = [self.local.problems.as_slice(), &self.declared_refused, &self.not_written].concat();
         problems.sort();
         problems
     }
@@ -492,5 +496,12 @@ impl State {
             views.insert(session, known.cloned().unwrap_or_else(|| Arc::new(view)));
         }
         views
+    }
+}
+
+/// Logs the problems that were not there before.
+fn tell(problems: &[SourceProblem], before: &[SourceProblem]) {
+    for problem in problems.iter().filter(|problem| !before.contains(problem)) {
+        tracing::warn!(file = %problem.file, line = problem.line, reason = %problem.reason, "source");
     }
 }

@@ -8,8 +8,7 @@ use tombolo_core::id::ServiceName;
 use tombolo_core::source::SourceProblem;
 use tombolo_core::source::declared::{Declared, Object, Place};
 
-use super::kind::Kind;
-use super::watch::{Change, Seen};
+use super::kind::{Change, Kind, Seen};
 
 /// How reading one kind goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,7 +57,7 @@ impl Held {
 
     pub fn handle_change(&mut self, change: Change) {
         match change {
-            Change::ListBegan(kind) => {
+            Change::ListBegan(kind, _) => {
                 let objects = self.of(kind);
                 objects.listing += 1;
                 objects.left_out = 0;
@@ -197,7 +196,7 @@ mod tests {
     }
 
     fn listed(held: &mut Held, kind: Kind, objects: Vec<Change>) {
-        held.handle_change(Change::ListBegan(kind));
+        held.handle_change(Change::ListBegan(kind, "v1"));
         objects.into_iter().for_each(|change| held.handle_change(change));
         held.handle_change(Change::Listed(kind));
     }
@@ -206,7 +205,7 @@ mod tests {
     fn what_a_new_list_does_not_name_is_gone_when_the_list_is_complete_and_not_before() {
         let mut held = held();
         listed(&mut held, Kind::ServiceExport, vec![export("shop/web"), export("shop/db")]);
-        held.handle_change(Change::ListBegan(Kind::ServiceExport));
+        held.handle_change(Change::ListBegan(Kind::ServiceExport, "v1beta1"));
         held.handle_change(export("shop/web"));
         assert_eq!(names(&held), ["ServiceExport/shop/db", "ServiceExport/shop/web"]);
         held.handle_change(Change::Listed(Kind::ServiceExport));

@@ -1,13 +1,16 @@
-//! What is watched of an API server.
+//! What is watched of an API server as a source, and what is kept of it.
 
-use kube::api::ApiResource;
-use kube::runtime::watcher;
-use tombolo_api::k8s::{MULTICLUSTER_GROUP, SERVICE_NAME_LABEL, TOMBOLO_GROUP};
+use jiff::Timestamp;
+use kube::api::DynamicObject;
+use serde_json::Value;
+use tombolo_api::k8s;
+use tombolo_core::id::ClusterId;
+use tombolo_core::source::declared::Object;
 
-/// Objects in one page of a list.
-const PAGE: u32 = 500;
-/// How long one watch request lasts; a connection that died without a word is noticed after it.
-const WATCH_S: u32 = 120;
+use crate::kubernetes::{self, Change as AnyChange, Definition};
+
+/// What became of one kind's objects.
+pub type Change = AnyChange<Kind, Seen>;
 
 /// A kind of object that is watched in all namespaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,55 +24,25 @@ pub enum Kind {
 impl Kind {
     pub const ALL: &[Kind] = &[Kind::Service, Kind::EndpointSlice, Kind::ServiceExport, Kind::ClusterPeer];
 
+    pub fn definition(self) -> &'static Definition {
+        match self {
+            Kind::Service => &kubernetes::SERVICE,
+            Kind::EndpointSlice => &kubernetes::ENDPOINT_SLICE,
+            Kind::ServiceExport => &kubernetes::SERVICE_EXPORT,
+            Kind::ClusterPeer => &kubernetes::CLUSTER_PEER,
+        }
+    }
+
     pub fn name(self) -> &'static str {
-        match self {
-            Kind::Service => "Service",
-            Kind::EndpointSlice => "EndpointSlice",
-            Kind::ServiceExport => "ServiceExport",
-            Kind::ClusterPeer => "ClusterPeer",
-        }
+        self.definition().kind
     }
 
-    fn plural(self) -> &'static str {
+    /// What is derived from imports, by this or any other implementation, is nobody's service or endpoint here.
+    pub fn labels(self) -> Option<&'static str> {
         match self {
-            Kind::Service => "services",
-            Kind::EndpointSlice => "endpointslices",
-            Kind::ServiceExport => "serviceexports",
-            Kind::ClusterPeer => "clusterpeers",
-        }
-    }
-
-    fn group(self) -> &'static str {
-        match self {
-            Kind::Service => "",
-            Kind::EndpointSlice => "discovery.k8s.io",
-            Kind::ServiceExport => MULTICLUSTER_GROUP,
-            Kind::ClusterPeer => TOMBOLO_GROUP,
-        }
-    }
-
-    /// The versions that are understood, the preferred one first.
-    pub fn versions(self) -> &'static [&'static str] {
-        match self {
-            Kind::Service | Kind::EndpointSlice => &["v1"],
-            Kind::ServiceExport => &["v1beta1", "v1alpha1"],
-            Kind::ClusterPeer => &["v1alpha1"],
-        }
-    }
-
-    pub fn resource(self, version: &str) -> ApiResource {
-        let (group, kind, plural) = (self.group().to_owned(), self.name().to_owned(), self.plural().to_owned());
-        let api_version = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
-        ApiResource { group, version: version.to_owned(), api_version, kind, plural }
-    }
-
-    /// How it is listed and watched.
-    pub fn selection(self) -> watcher::Config {
-        let all = watcher::Config::default().page_size(PAGE).timeout(WATCH_S);
-        match self {
-            // Slices of anything else, imports of other implementations for one, are nobody's endpoints here.
-            Kind::EndpointSlice => all.labels(SERVICE_NAME_LABEL),
-            Kind::Service | Kind::ServiceExport | Kind::ClusterPeer => all,
+            Kind::Service => Some("!multicluster.kubernetes.io/service-name"),
+            Kind::EndpointSlice => Some("kubernetes.io/service-name,!multicluster.kubernetes.io/service-name"),
+            Kind::ServiceExport | Kind::ClusterPeer => None,
         }
     }
 
@@ -84,7 +57,34 @@ impl Kind {
 
     /// What to do when the API server does not serve it.
     pub fn absent(self) -> String {
-        let name = self.name();
-        format!("this API server serves no {name} ({}); install it: tombolo crds | kubectl apply -f -", self.group())
+        let Definition { kind, group, .. } = self.definition();
+        format!("this API server serves no {kind} ({group}); install it: tombolo crds | kubectl apply -f -")
     }
+}
+
+/// What is needed of an object.
+#[derive(Debug)]
+pub struct Seen {
+    /// What it declares, or why that can't be used.
+    pub object: Result<Object, String>,
+    /// `metadata.creationTimestamp`
+    pub created: Option<Timestamp>,
+}
+
+impl Seen {
+    pub fn of(api_version: &str, cluster: &ClusterId, kind: Kind, object: DynamicObject) -> Self {
+        let created = object.metadata.creation_timestamp.as_ref().map(|time| time.0);
+        Self { object: declared(api_version, cluster, kind, object), created }
+    }
+}
+
+fn declared(api_version: &str, cluster: &ClusterId, kind: Kind, mut object: DynamicObject) -> Result<Object, String> {
+    object.metadata.managed_fields = None;
+    let metadata = serde_json::to_value(&object.metadata).map_err(|error| error.to_string())?;
+    if let Value::Object(fields) = &mut object.data {
+        fields.insert("metadata".into(), metadata);
+    }
+    let resource = k8s::from_value(api_version, kind.name(), object.data)?;
+    let unread = || format!("{api_version} {} is not read", kind.name());
+    k8s::declared(resource.ok_or_else(unread)?, cluster)?.ok_or_else(unread)
 }

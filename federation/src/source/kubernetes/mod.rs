@@ -3,51 +3,59 @@
 //! Each kind has a task that lists and watches it; one task holds what they see. A change is acted on at once, and
 //! changes that come while another one is acted on are taken together.
 
-mod client;
 mod held;
 mod kind;
-mod watch;
 
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use kube::Client;
 use tokio::sync::{mpsc, watch as latest};
 use tokio::task::JoinSet;
 use tombolo_core::id::{ClusterId, TrustDomain};
 use tombolo_core::source::{LocalState, Purpose, Surroundings, reduce};
 
 use super::{COMMANDS_MAX, Command, ExportError, SourceHandle, endpoint_id, replace};
-use crate::config::KubernetesConfig;
-pub use client::ClientError;
+use crate::kubernetes::Watch;
 use held::Held;
-use kind::Kind;
-use watch::{Change, watch};
+use kind::{Change, Kind, Seen};
 
 /// Changes that wait for the task; the watches wait when it is full.
 const CHANGES_MAX: usize = 1_024;
 
 /// Which API server is read, and for whom.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct KubernetesSettings {
-    pub kubernetes: KubernetesConfig,
+    pub client: Client,
+    /// How the API server is called in messages.
+    pub server: String,
     pub cluster: ClusterId,
     pub trust_domain: TrustDomain,
 }
 
 /// Reads every kind once and goes on watching; waits for as long as the API server is away.
-pub async fn start(settings: KubernetesSettings) -> Result<SourceHandle, ClientError> {
-    let (client, server) = client::connect(&settings.kubernetes).await?;
+pub async fn start(settings: KubernetesSettings) -> SourceHandle {
     let (sender, changes) = mpsc::channel(CHANGES_MAX);
     let mut watches = JoinSet::new();
     for kind in Kind::ALL {
-        watches.spawn(watch(client.clone(), settings.cluster.clone(), *kind, sender.clone()));
+        let (cluster, kind) = (settings.cluster.clone(), *kind);
+        let watch = Watch {
+            client: settings.client.clone(),
+            kind,
+            definition: kind.definition(),
+            labels: kind.labels(),
+            reduce: Box::new(move |version, object| Seen::of(version, &cluster, kind, object)),
+            changes: sender.clone(),
+        };
+        watches.spawn(watch.run());
     }
     let (commands, received) = mpsc::channel(COMMANDS_MAX);
     let (changed, state) = latest::channel(Arc::default());
+    let server = settings.server.clone();
     let mut source = Source { settings, held: Held::new(server), changes, changed, _watches: watches };
     source.read().await;
     tokio::spawn(source.run(received));
-    Ok(SourceHandle { commands, state })
+    SourceHandle { commands, state }
 }
 
 struct Source {
