@@ -4,8 +4,11 @@
 use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
+use tombolo_core::policy::access::AccessSpec;
+use tombolo_core::policy::traffic::TrafficSpec;
 
 use super::mcs::{ServiceExportStatus, ServiceImportSpec, ServiceImportStatus};
+use super::policy::{TARGETS_MAX, TargetRef};
 use super::{ClusterPeerSpec, MULTICLUSTER_GROUP, ServiceExportSpec, TOMBOLO_GROUP};
 
 /// All definitions, as JSON objects.
@@ -60,10 +63,64 @@ pub fn definitions() -> Vec<Value> {
                 ("Imports".into(), "string", ".spec.imports".into()),
             ],
         },
+        policy(
+            "AccessPolicy",
+            "accesspolicies",
+            "Who may call a service; decided where the service is delivered, for each request.",
+            attached(schema_of::<AccessSpec>(), "The services that it selects; all of the namespace if absent.", 0),
+            &[("Action", ".spec.action"), ("Mode", ".spec.mode")],
+        ),
+        policy(
+            "TrafficPolicy",
+            "trafficpolicies",
+            "How requests to a service are spread, bounded and disturbed; the older of two for one service counts.",
+            attached(schema_of::<TrafficSpec>(), "The services that it is for.", 1),
+            &[("Failover", ".spec.failover"), ("Rate limit", ".spec.rateLimit.requestsPerSecond")],
+        ),
     ]
     .into_iter()
     .map(Definition::build)
     .collect()
+}
+
+fn policy(
+    kind: &'static str,
+    plural: &'static str,
+    about: &'static str,
+    spec: Value,
+    columns: &[(&str, &str)],
+) -> Definition {
+    let targets = [("Targets", ".spec.targetRefs[*].name")];
+    let column = |(name, path): &(&str, &str)| ((*name).to_owned(), "string", (*path).to_owned());
+    Definition {
+        group: TOMBOLO_GROUP,
+        versions: &["v1alpha1"],
+        kind,
+        plural,
+        short_names: &[],
+        namespaced: true,
+        about,
+        spec,
+        spec_required: true,
+        status: None,
+        columns: targets.iter().chain(columns).map(column).collect(),
+    }
+}
+
+/// The schema of a policy's spec, with the services that it is attached to.
+fn attached(mut spec: Value, about: &str, targets_min: usize) -> Value {
+    let mut targets = json!({
+        "type": "array",
+        "description": about,
+        "maxItems": TARGETS_MAX,
+        "items": schema_of::<TargetRef>(),
+    });
+    if targets_min > 0 {
+        targets["minItems"] = json!(targets_min);
+        spec["required"] = json!(["targetRefs"]);
+    }
+    spec["properties"]["targetRefs"] = targets;
+    spec
 }
 
 struct Definition {
@@ -167,10 +224,21 @@ fn structural(schema: &mut Value) {
             }
         }
     }
+    // A choice of words comes with an explanation for each.
+    if let Some(Value::Array(choices)) = fields.remove("oneOf") {
+        let words = |choice: Value| match (choice.get("const"), choice.get("enum")) {
+            (Some(word), _) => vec![word.clone()],
+            (None, Some(Value::Array(words))) => words.clone(),
+            (None, _) => Vec::new(),
+        };
+        fields.insert("type".into(), json!("string"));
+        fields.insert("enum".into(), choices.into_iter().flat_map(words).collect());
+    }
     for key in ["title", "$schema", "nullable"] {
         fields.remove(key);
     }
-    if fields.get("default") == Some(&Value::Null) {
+    // What is absent means its default whenever it is read; written out it would stay when the default changes.
+    if matches!(fields.get("default"), Some(Value::Null | Value::Object(_))) {
         fields.remove("default");
     }
     // Unknown fields are pruned, or refused by a strict client, by the API server itself.
@@ -248,12 +316,40 @@ mod tests {
     }
 
     #[test]
+    fn policies_have_the_fields_that_are_read_and_their_words() {
+        let spec_of = |kind: &str| spec(kind)["spec"].clone();
+        let access = spec_of("AccessPolicy");
+        assert_eq!(names(&access), ["action", "mode", "rules", "targetRefs"]);
+        assert_eq!(access["properties"]["action"]["enum"], json!(["allow", "deny"]));
+        let rule = &access["properties"]["rules"]["items"];
+        assert_eq!(
+            names(&rule["properties"]["from"]["items"]),
+            ["clusters", "namespaces", "serviceAccounts", "spiffeIds"]
+        );
+        assert_eq!(names(&rule["properties"]["to"]["items"]), ["methods", "paths", "ports"]);
+        let traffic = spec_of("TrafficPolicy");
+        assert_eq!(traffic["required"], json!(["targetRefs"]));
+        let algorithm = &traffic["properties"]["loadBalancing"]["properties"]["algorithm"];
+        assert_eq!(algorithm["enum"], json!(["round-robin", "consistent-hash", "least-request"]));
+        let span = &traffic["properties"]["timeouts"]["properties"]["perTry"];
+        assert_eq!((&span["type"], span["pattern"].is_string()), (&json!("string"), true));
+        // Every field of a policy that says everything has a place in the schema.
+        let all = serde_json::to_value(TrafficSpec::default()).unwrap();
+        for (name, value) in all.as_object().unwrap() {
+            for inside in value.as_object().into_iter().flat_map(Map::keys) {
+                assert!(traffic["properties"][name]["properties"][inside].is_object(), "{name}.{inside}");
+            }
+        }
+    }
+
+    #[test]
     fn schemas_are_structural_and_every_field_is_explained() {
         fn check(path: &str, schema: &Value) {
             for foreign in ["anyOf", "oneOf", "$ref", "$schema", "nullable", "title", "definitions"] {
                 assert!(schema.get(foreign).is_none(), "{path}: {foreign}: {schema}");
             }
-            assert!(schema["type"].is_string(), "{path}: {schema}");
+            let free = schema["x-kubernetes-preserve-unknown-fields"] == true;
+            assert!(schema["type"].is_string() || free, "{path}: {schema}");
             for (name, inside) in schema["properties"].as_object().into_iter().flatten() {
                 let path = format!("{path}.{name}");
                 let meta = matches!(name.as_str(), "apiVersion" | "kind" | "metadata");

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use schemars::JsonSchema;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -20,7 +21,7 @@ use super::{DEFAULT_NAMESPACE, MULTICLUSTER_GROUP};
 /// Octets of one resource as it is told to sidecars.
 const OCTETS_MAX: usize = 32 * 1024;
 /// Services that one policy may name.
-const TARGETS_MAX: usize = 16;
+pub(super) const TARGETS_MAX: usize = 16;
 
 /// Reads a document as a type of the caller's choice.
 pub(super) trait Source {
@@ -52,12 +53,20 @@ struct Attached {
 }
 
 /// `LocalPolicyTargetReference` of the Gateway API (GEP-713).
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct TargetRef {
+#[schemars(extend("x-kubernetes-validations" = [
+    {"rule": "self.kind == 'ServiceImport' ? self.group == 'multicluster.x-k8s.io' \
+              : self.kind == 'Service' && self.group in ['', 'core']",
+     "message": "name a Service, or a ServiceImport of group multicluster.x-k8s.io"},
+]))]
+pub(super) struct TargetRef {
+    /// Empty for a Service, multicluster.x-k8s.io for a ServiceImport.
     #[serde(default)]
     group: String,
+    /// Service or ServiceImport: of one name they are one service.
     kind: String,
+    /// In the policy's own namespace.
     name: String,
 }
 

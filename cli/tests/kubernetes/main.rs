@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod imports;
+mod policies;
 mod source;
 #[path = "../support/mod.rs"]
 mod support;
@@ -83,15 +84,27 @@ fn export(service: &str) -> String {
 }
 
 async fn start_web(cluster: &mut Cluster, app: SocketAddr) {
+    start_server(cluster, "web", app).await;
+}
+
+/// The sidecar `<name>-1`, which delivers `shop/<name>`.
+async fn start_server(cluster: &mut Cluster, name: &str, app: SocketAddr) {
     let service = json!({
-        "service": "shop/web",
+        "service": format!("shop/{name}"),
         "port": 80,
         "app": app,
         "protocol": "http",
         "health": { "tcp": {}, "interval": "200ms", "timeout": "1s" },
     });
-    let sidecar = Sidecar { name: "web-1", workload: "shop/web", config: json!({ "services": [service] }) };
-    cluster.start_sidecar(sidecar).await.unwrap();
+    let (instance, workload) = (format!("{name}-1"), format!("shop/{name}"));
+    let config = json!({ "services": [service] });
+    cluster.start_sidecar(Sidecar { name: &instance, workload: &workload, config }).await.unwrap();
+}
+
+/// Declares `shop/<name>` like [`web`], and starts what serves it.
+async fn serve_object(cluster: &mut Cluster, plane: &ControlPlane, name: &str, app: SocketAddr) {
+    plane.apply(&web("http", true).replace("web", name)).await.unwrap();
+    start_server(cluster, name, app).await;
 }
 
 /// Waits until a problem of the source contains `text`, or until none does.

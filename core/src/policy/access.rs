@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::matching::is_method;
@@ -37,15 +38,20 @@ impl AccessPolicy {
 }
 
 /// What a policy says. No rule at all: an allowing policy refuses everybody, a denying one nobody.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct AccessSpec {
+    /// allow: only those may call whom a rule of an allowing policy allows. deny: whom a rule matches is refused,
+    /// whatever else allows.
     pub action: AccessAction,
+    /// enforce, or audit: refuses nobody; what it would have refused is logged and counted.
     pub mode: Mode,
+    /// One that matches is enough.
+    #[schemars(length(max = 64))]
     pub rules: Vec<Rule>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AccessAction {
     #[default]
@@ -53,7 +59,7 @@ pub enum AccessAction {
     Deny,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     #[default]
@@ -63,42 +69,56 @@ pub enum Mode {
 }
 
 /// Matches when one of `from` and one of `to` do; an absent list is everybody, or everything.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Rule {
+    /// Who calls; everybody if absent. One that matches is enough.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
     pub from: Vec<Callers>,
+    /// What is called; everything if absent. One that matches is enough.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
     pub to: Vec<Calls>,
 }
 
 /// Who calls: every list that is given must have an entry that matches.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Callers {
     /// `*` stands for any characters of one path segment, or of the trust domain.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
     pub spiffe_ids: Vec<String>,
     /// Of workloads, in whatever cluster: a namespace is the same one everywhere (KEP-1645).
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(with = "Vec<String>", length(max = 64))]
     pub namespaces: Vec<Namespace>,
+    /// Ids of the callers' clusters.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(with = "Vec<String>", length(max = 64))]
     pub clusters: Vec<ClusterId>,
     /// `namespace/name`, or `name` in the policy's own namespace.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
     pub service_accounts: Vec<String>,
 }
 
 /// What is called: every list that is given must have an entry that matches.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct Calls {
+    /// The service's ports, 1 to 65535.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
     pub ports: Vec<u16>,
+    /// As in the request: GET.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
     pub methods: Vec<String>,
     /// The exact path, or with `*` at its end everything that begins with what is before it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
     pub paths: Vec<String>,
 }
 

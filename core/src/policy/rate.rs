@@ -3,16 +3,19 @@
 
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// So many requests a second, and so many at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RateLimit {
     /// 1 to 10,000,000.
+    #[schemars(range(min = 1, max = 10_000_000))]
     pub requests_per_second: u32,
     /// What may come at once after a pause; `requestsPerSecond` unless said otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000_000))]
     pub burst: Option<u32>,
 }
 

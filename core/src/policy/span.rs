@@ -1,9 +1,11 @@
 //! Spans of time as the Gateway API writes them (GEP-2257): `1h30m`, `10s`, `500ms`.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A span of time; whole milliseconds, at most 99,999 hours in each of at most four parts.
@@ -53,6 +55,20 @@ impl FromStr for Span {
             rest = &rest[digits + unit.0.len()..];
         }
         Err(NoSpan)
+    }
+}
+
+impl JsonSchema for Span {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "Span".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$" })
     }
 }
 

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 use super::matching::{Head, HttpMatch, is_token};
@@ -34,38 +35,58 @@ pub struct TrafficPolicy {
 }
 
 /// What a policy says. A part that is absent leaves the sidecar's own configuration, or the default, in force.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct TrafficSpec {
+    /// How an endpoint is chosen.
     pub load_balancing: LoadBalancing,
     /// Weights and order of clusters; all that export the service, local first, unless set.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), extend("x-kubernetes-validations" = [
+        {"rule": "self.all(one, has(one.weight)) || self.all(one, !has(one.weight))",
+         "message": "either every cluster has a weight or none has"},
+        {"rule": "!self.exists(one, has(one.weight)) || self.exists(one, has(one.weight) && one.weight > 0)",
+         "message": "all weights are 0: nobody would get a request"},
+    ]))]
     pub clusters: Vec<ClusterWeight>,
+    /// auto: what a cluster can't carry goes to the others. none: each share stays where it is.
     pub failover: Failover,
+    /// When an endpoint is left alone for a while.
     pub outlier_detection: OutlierDetection,
+    /// Bounds of one sidecar towards one port of the service.
     pub circuit_breaker: CircuitBreaker,
+    /// How long a request may take.
     pub timeouts: Timeouts,
+    /// What is tried again.
     pub retry: RetryPolicy,
+    /// A second try beside a slow first one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hedging: Option<Hedging>,
+    /// Acts where the service is delivered, for each sidecar there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limit: Option<RateLimit>,
+    /// What goes wrong on purpose; the first one that matches counts.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
     pub faults: Vec<Fault>,
     /// Opaque legs that stay ready for each hot target, 0 to 16.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 16))]
     pub warm_legs: Option<u32>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LoadBalancing {
+    /// least-request: of two that are drawn, the one with less work and latency. round-robin. consistent-hash.
     pub algorithm: Algorithm,
     /// What keeps a client on one endpoint; needed by, and only of use for, `consistent-hash`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "either")]
     pub hash: Option<HashOn>,
     /// Below this percentage of healthy endpoints, and only while no other cluster has capacity, ejections
     /// are passed over: 0 to 100, 0 is never.
+    #[schemars(range(max = 100))]
     pub panic_threshold: u32,
     /// How long a new or returned endpoint takes to its whole share; zero is at once.
     pub slow_start: Span,
@@ -85,7 +106,7 @@ impl Default for LoadBalancing {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Algorithm {
     /// The less loaded of two, by requests under way and peak-EWMA latency.
@@ -106,7 +127,7 @@ pub enum HashOn {
     Source,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum LocalityPreference {
     /// The caller's zone first, others in proportion to what it lacks.
@@ -117,15 +138,18 @@ pub enum LocalityPreference {
 }
 
 /// A cluster's share of the requests, as long as it has healthy capacity.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ClusterWeight {
+    /// The cluster's id.
+    #[schemars(with = "String")]
     pub name: ClusterId,
     /// 0 to 1,000,000. Without weights the list is an order: the first that has capacity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1_000_000))]
     pub weight: Option<u32>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Failover {
     /// What a cluster can't carry goes to the others.
@@ -136,9 +160,10 @@ pub enum Failover {
 }
 
 /// When an endpoint is left alone. The defaults are those of [`crate::outlier::OutlierConfig`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct OutlierDetection {
+    /// false: no endpoint is ever left alone.
     pub enabled: bool,
     /// Resets, lost connections and missed deadlines in a row.
     pub consecutive_failures: u32,
@@ -150,7 +175,9 @@ pub struct OutlierDetection {
     /// Ejected when its answers take this many times as long as those of its siblings; off unless set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slow_factor: Option<u32>,
+    /// How long it is left alone the first time; each further time is longer.
     pub base_ejection_time: Span,
+    /// The longest that it is left alone.
     pub max_ejection_time: Span,
     /// Whether a hang is noticed (and confirmed) without any timeout.
     pub hang_detection: bool,
@@ -172,7 +199,7 @@ impl Default for OutlierDetection {
 }
 
 /// Bounds of one sidecar towards one service port; what is above one is refused with 503 at once.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct CircuitBreaker {
     /// Opaque connections under way.
@@ -187,7 +214,7 @@ pub struct CircuitBreaker {
 }
 
 /// An HTTPRoute's own timeouts come before these.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Timeouts {
     /// All tries together; zero is none.
@@ -199,55 +226,81 @@ pub struct Timeouts {
 }
 
 /// An HTTPRoute's own retry comes before this.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RetryPolicy {
     /// Tries beyond the first, 0 to 10.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 10))]
     pub attempts: Option<u32>,
     /// Answers that are tried again, 400 to 599.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    #[schemars(with = "Vec<u16>", inner(range(min = 400, max = 599)))]
     pub codes: BTreeSet<u16>,
     /// The least pause before a further try.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backoff: Option<Span>,
     /// Further tries as a percentage of the requests, 0 to 100.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 100))]
     pub budget_percent: Option<u32>,
 }
 
 /// A second try beside the first, for idempotent requests, out of the retry budget.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Hedging {
+    /// How long the first try is waited for.
     pub after: Span,
 }
 
 /// What goes wrong on purpose for requests that one of `matches` is satisfied by; every request if none is given.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Fault {
+    /// As `matches` of an HTTPRoute; every request if absent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "matches")]
     pub matches: Vec<HttpMatch>,
+    /// The request is held up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delay: Option<Delay>,
+    /// The request is answered here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub abort: Option<Abort>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Delay {
+    /// For how long.
     pub duration: Span,
     /// 0 to 100.
     #[serde(default = "always")]
+    #[schemars(range(max = 100))]
     pub percentage: u32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Abort {
     /// 400 to 599.
+    #[schemars(range(min = 400, max = 599))]
     pub status: u16,
     /// 0 to 100.
     #[serde(default = "always")]
+    #[schemars(range(max = 100))]
     pub percentage: u32,
+}
+
+/// A text or an object: not a shape that Kubernetes' schemas can say.
+fn either(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "x-kubernetes-preserve-unknown-fields": true })
+}
+
+/// The Gateway API says what is in them.
+fn matches(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "array",
+        "maxItems": 64,
+        "items": { "type": "object", "x-kubernetes-preserve-unknown-fields": true },
+    })
 }
 
 fn always() -> u32 {

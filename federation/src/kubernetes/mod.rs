@@ -57,3 +57,23 @@ pub const CLUSTER_PEER: Definition = Definition {
     group: tombolo_api::k8s::TOMBOLO_GROUP,
     versions: &["v1alpha1"],
 };
+pub const ACCESS_POLICY: Definition = Definition {
+    kind: "AccessPolicy",
+    plural: "accesspolicies",
+    group: tombolo_api::k8s::TOMBOLO_GROUP,
+    versions: &["v1alpha1"],
+};
+pub const TRAFFIC_POLICY: Definition = Definition {
+    kind: "TrafficPolicy",
+    plural: "trafficpolicies",
+    group: tombolo_api::k8s::TOMBOLO_GROUP,
+    versions: &["v1alpha1"],
+};
+pub const HTTP_ROUTE: Definition = Definition {
+    kind: "HTTPRoute",
+    plural: "httproutes",
+    group: tombolo_api::k8s::GATEWAY_GROUP,
+    versions: &["v1", "v1beta1"],
+};
+pub const GRPC_ROUTE: Definition =
+    Definition { kind: "GRPCRoute", plural: "grpcroutes", group: tombolo_api::k8s::GATEWAY_GROUP, versions: &["v1"] };

@@ -88,7 +88,7 @@ impl Held {
             return;
         }
         let (object, problem) = match seen.object {
-            Ok(object) => (Some(object), None),
+            Ok(object) => (object, None),
             Err(reason) => (known.and_then(|known| known.object), Some(reason)),
         };
         objects.held.insert(name, Holding { object, problem, created: seen.created, listing });
@@ -144,7 +144,7 @@ impl Held {
     fn reading_problem(&self, kind: Kind, objects: &Objects) -> Option<SourceProblem> {
         let name = kind.name();
         let reason = match &objects.reading {
-            Reading::Absent => kind.absent(),
+            Reading::Absent => kind.absent()?,
             Reading::Failed(reason) => {
                 format!("{name} can't be watched: {reason}; what was read last stays in force")
             }
@@ -182,11 +182,11 @@ mod tests {
     }
 
     fn export(name: &str) -> Change {
-        let object = Ok(Object::Export(DeclaredExport { service: name.parse().unwrap() }));
+        let object = Ok(Some(Object::Export(DeclaredExport { service: name.parse().unwrap() })));
         seen(Kind::ServiceExport, name, object)
     }
 
-    fn seen(kind: Kind, name: &str, object: Result<Object, String>) -> Change {
+    fn seen(kind: Kind, name: &str, object: Result<Option<Object>, String>) -> Change {
         let created = Some(Timestamp::UNIX_EPOCH);
         Change::Seen(kind, format!("{}/{name}", kind.name()).into(), Seen { object, created })
     }
@@ -217,8 +217,8 @@ mod tests {
     #[test]
     fn it_is_complete_when_each_kind_was_listed_or_is_not_there() {
         let mut held = held();
-        for kind in [Kind::Service, Kind::EndpointSlice, Kind::ServiceExport] {
-            listed(&mut held, kind, vec![]);
+        for kind in Kind::ALL.iter().filter(|kind| **kind != Kind::ClusterPeer) {
+            listed(&mut held, *kind, vec![]);
         }
         held.handle_change(Change::Failed(Kind::ClusterPeer, "no route".into()));
         assert_eq!((held.is_complete(), held.missing()), (false, Some(("ClusterPeer", "no route"))));
@@ -226,6 +226,9 @@ mod tests {
         assert!(held.is_complete());
         let problems = held.problems();
         assert!(problems[0].reason.contains("tombolo crds | kubectl apply"), "{problems:?}");
+        // Nobody has to have the Gateway API.
+        held.handle_change(Change::Absent(Kind::HttpRoute));
+        assert_eq!((held.is_complete(), held.problems().len()), (true, problems.len()));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use kube::api::DynamicObject;
 use serde_json::Value;
 use tombolo_api::k8s;
 use tombolo_core::id::ClusterId;
+use tombolo_core::policy::set::POLICIES_MAX;
 use tombolo_core::source::declared::Object;
 
 use crate::kubernetes::{self, Change as AnyChange, Definition};
@@ -19,10 +20,23 @@ pub enum Kind {
     EndpointSlice,
     ServiceExport,
     ClusterPeer,
+    HttpRoute,
+    GrpcRoute,
+    TrafficPolicy,
+    AccessPolicy,
 }
 
 impl Kind {
-    pub const ALL: &[Kind] = &[Kind::Service, Kind::EndpointSlice, Kind::ServiceExport, Kind::ClusterPeer];
+    pub const ALL: &[Kind] = &[
+        Kind::Service,
+        Kind::EndpointSlice,
+        Kind::ServiceExport,
+        Kind::ClusterPeer,
+        Kind::HttpRoute,
+        Kind::GrpcRoute,
+        Kind::TrafficPolicy,
+        Kind::AccessPolicy,
+    ];
 
     pub fn definition(self) -> &'static Definition {
         match self {
@@ -30,6 +44,10 @@ impl Kind {
             Kind::EndpointSlice => &kubernetes::ENDPOINT_SLICE,
             Kind::ServiceExport => &kubernetes::SERVICE_EXPORT,
             Kind::ClusterPeer => &kubernetes::CLUSTER_PEER,
+            Kind::HttpRoute => &kubernetes::HTTP_ROUTE,
+            Kind::GrpcRoute => &kubernetes::GRPC_ROUTE,
+            Kind::TrafficPolicy => &kubernetes::TRAFFIC_POLICY,
+            Kind::AccessPolicy => &kubernetes::ACCESS_POLICY,
         }
     }
 
@@ -42,31 +60,41 @@ impl Kind {
         match self {
             Kind::Service => Some("!multicluster.kubernetes.io/service-name"),
             Kind::EndpointSlice => Some("kubernetes.io/service-name,!multicluster.kubernetes.io/service-name"),
-            Kind::ServiceExport | Kind::ClusterPeer => None,
+            Kind::ServiceExport
+            | Kind::ClusterPeer
+            | Kind::HttpRoute
+            | Kind::GrpcRoute
+            | Kind::TrafficPolicy
+            | Kind::AccessPolicy => None,
         }
     }
 
     /// Objects of this kind that are held at most.
     pub fn held_max(self) -> usize {
         match self {
-            Kind::Service | Kind::ServiceExport => 10_000,
+            // Routes of gateways are held as names alone.
+            Kind::Service | Kind::ServiceExport | Kind::HttpRoute | Kind::GrpcRoute => 10_000,
+            Kind::TrafficPolicy | Kind::AccessPolicy => 2 * POLICIES_MAX,
             Kind::EndpointSlice => 50_000,
             Kind::ClusterPeer => 1_000,
         }
     }
 
-    /// What to do when the API server does not serve it.
-    pub fn absent(self) -> String {
+    /// What to do when the API server does not serve it; `None` where that is as good.
+    pub fn absent(self) -> Option<String> {
         let Definition { kind, group, .. } = self.definition();
-        format!("this API server serves no {kind} ({group}); install it: tombolo crds | kubectl apply -f -")
+        let is_ours = !matches!(self, Kind::HttpRoute | Kind::GrpcRoute);
+        is_ours.then(|| {
+            format!("this API server serves no {kind} ({group}); install it: tombolo crds | kubectl apply -f -")
+        })
     }
 }
 
 /// What is needed of an object.
 #[derive(Debug)]
 pub struct Seen {
-    /// What it declares, or why that can't be used.
-    pub object: Result<Object, String>,
+    /// What it declares, if that is anybody's affair here, or why it can't be used.
+    pub object: Result<Option<Object>, String>,
     /// `metadata.creationTimestamp`
     pub created: Option<Timestamp>,
 }
@@ -78,13 +106,17 @@ impl Seen {
     }
 }
 
-fn declared(api_version: &str, cluster: &ClusterId, kind: Kind, mut object: DynamicObject) -> Result<Object, String> {
+fn declared(
+    api_version: &str,
+    cluster: &ClusterId,
+    kind: Kind,
+    mut object: DynamicObject,
+) -> Result<Option<Object>, String> {
     object.metadata.managed_fields = None;
     let metadata = serde_json::to_value(&object.metadata).map_err(|error| error.to_string())?;
     if let Value::Object(fields) = &mut object.data {
         fields.insert("metadata".into(), metadata);
     }
     let resource = k8s::from_value(api_version, kind.name(), object.data)?;
-    let unread = || format!("{api_version} {} is not read", kind.name());
-    k8s::declared(resource.ok_or_else(unread)?, cluster)?.ok_or_else(unread)
+    k8s::declared(resource.ok_or_else(|| format!("{api_version} {} is not read", kind.name()))?, cluster)
 }
