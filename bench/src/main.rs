@@ -8,6 +8,7 @@ mod demo;
 mod envoy;
 mod failover;
 mod host;
+mod layout;
 mod load;
 mod memory;
 mod mesh;
@@ -40,6 +41,9 @@ enum Command {
     Demo(Given),
     /// What 200 clients that stop reading do to the others.
     Stall(Given),
+    /// Which functions run, as a linker script; called by bench/layout.
+    #[command(hide = true)]
+    Layout(layout::Given),
     /// The application behind the proxies.
     #[command(hide = true)]
     App {
@@ -122,6 +126,7 @@ fn main() -> anyhow::Result<()> {
             Command::Failover(given) => failover::run(&Options::from(given)?).await,
             Command::Demo(given) => demo::run(&Options::from(given)?).await,
             Command::Stall(given) => stall::run(&Options::from(given)?).await,
+            Command::Layout(given) => layout::run(&given).await,
             Command::App { name, listen, announce } => app::run(name, listen, &announce).await,
         }
     })
