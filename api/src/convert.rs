@@ -2,17 +2,23 @@
 //! a value that core can't hold is refused with the field's name.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use tombolo_core::id::InvalidName;
 use tombolo_core::model::{
     AppProtocol, Endpoint, Export, Freshness, ServiceKind, ServicePort, SessionAffinity, Transport,
 };
+use tombolo_core::policy::exported::OF_EXPORT_MAX;
+use tombolo_core::policy::route::Route;
 
 use crate::proto::{catalog, discovery};
 
 /// Largest number of endpoints read from one export; above it the message is refused.
 pub const ENDPOINTS_MAX: usize = 10_000;
+
+/// Octets of one route.
+const ROUTE_OCTETS_MAX: usize = 32 * 1024;
 
 /// Why a message was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -126,6 +132,7 @@ impl From<&Export> for catalog::Export {
             ports: export.ports.iter().map(Into::into).collect(),
             server_ids: export.server_ids.iter().map(ToString::to_string).collect(),
             endpoints: export.endpoints.values().map(Into::into).collect(),
+            routes: export.routes.iter().map(|route| exported_route(route)).collect(),
         }
     }
 }
@@ -168,8 +175,29 @@ impl TryFrom<catalog::Export> for Export {
             ports: wire.ports.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             server_ids: wire.server_ids.iter().map(|id| name("server id", id)).collect::<Result<_, _>>()?,
             endpoints,
+            routes: exported_routes(&wire.routes)?,
         })
     }
+}
+
+fn exported_route(route: &Route) -> catalog::ExportedRoute {
+    let json = serde_json::to_vec(route).expect("routes have no keys but strings");
+    catalog::ExportedRoute { kind: route.resource.kind.as_str().into(), json }
+}
+
+/// Those that can be read. A route of a newer release is not worth its service.
+fn exported_routes(wire: &[catalog::ExportedRoute]) -> Result<Vec<Arc<Route>>, InvalidMessage> {
+    if wire.len() > OF_EXPORT_MAX {
+        return Err(InvalidMessage::Value { field: "routes", reason: "more than 32 routes in one export" });
+    }
+    if wire.iter().any(|route| route.json.len() > ROUTE_OCTETS_MAX) {
+        return Err(InvalidMessage::Value { field: "routes", reason: "one is larger than 32 KiB" });
+    }
+    let read = |wire: &catalog::ExportedRoute| {
+        let route = serde_json::from_slice::<Route>(&wire.json).ok()?;
+        (route.resource.kind.as_str() == wire.kind).then(|| Arc::new(route))
+    };
+    Ok(wire.iter().filter_map(read).collect())
 }
 
 impl From<Freshness> for discovery::Freshness {
@@ -194,6 +222,7 @@ impl From<discovery::Freshness> for Freshness {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -209,8 +238,29 @@ mod tests {
                 .into(),
             server_ids: ["spiffe://east/ns/shop/sa/web".parse().unwrap()].into(),
             endpoints: [(endpoint.id.clone(), endpoint)].into(),
+            routes: vec![Arc::new(route())],
         };
-        assert_eq!(Export::try_from(catalog::Export::from(&export)).unwrap(), export);
+        let wire = catalog::Export::from(&export);
+        assert_eq!(Export::try_from(wire.clone()).unwrap(), export);
+        // What a newer release sends beside it is passed over; what is too much is refused.
+        let mut newer = wire.clone();
+        newer.routes.push(catalog::ExportedRoute { kind: "MoodRoute".into(), json: b"{}".to_vec() });
+        newer.routes.push(catalog::ExportedRoute { kind: "HTTPRoute".into(), json: b"{\"mood\": 1}".to_vec() });
+        newer.routes.push(catalog::ExportedRoute { kind: "GRPCRoute".into(), ..wire.routes[0].clone() });
+        assert_eq!(Export::try_from(newer).unwrap(), export);
+        let mut many = wire.clone();
+        many.routes = vec![wire.routes[0].clone(); OF_EXPORT_MAX + 1];
+        assert!(Export::try_from(many).unwrap_err().to_string().starts_with("routes: more than 32"));
+        let mut large = wire;
+        large.routes[0].json.resize(ROUTE_OCTETS_MAX + 1, b' ');
+        assert!(Export::try_from(large).unwrap_err().to_string().starts_with("routes: one is larger"));
+    }
+
+    fn route() -> Route {
+        let json = r#"{"resource": {"kind": "HTTPRoute", "namespace": "shop", "name": "web", "cluster": "east"},
+            "created": "2026-01-01T00:00:00Z", "parents": [{"service": "shop/web"}],
+            "rules": [{"backends": [{"service": "shop/web", "cluster": "east", "weight": 1}]}]}"#;
+        serde_json::from_str(json).unwrap()
     }
 
     #[test]

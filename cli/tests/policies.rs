@@ -132,3 +132,52 @@ async fn a_route_sends_some_requests_to_another_service_and_its_edit_takes_effec
     versioned("beta", "canary-in-west").await;
     tokio::join!(east.stop(), west.stop());
 }
+
+#[tokio::test]
+async fn a_producers_route_travels_with_its_export_and_a_consumers_own_comes_before_it() {
+    let world = World::new().await;
+    let (mut east, mut west) = tokio::join!(world.cluster("east"), world.cluster("west"));
+    let (web, canary) = (app::http("web-in-west").await, app::http("canary-in-west").await);
+    serve(&mut west, "web", "http", "http", web.address).await;
+    serve(&mut west, "canary", "http", "http", canary.address).await;
+    west.write_resource("route.yaml", &route("next")).unwrap();
+    link(&west, &east).await;
+    // The route leads to a service that is not exported, and stays at home.
+    west.operator(&["export", "web.shop"]).await.unwrap();
+    let proxy = start_caller(&mut east).await;
+    curl_until(proxy, WEB, "web-in-west").await;
+    let versioned = async |version: &str| {
+        let header = format!("x-version: {version}");
+        curl(proxy, &["-H", "tombolo-explain: 1", "-H", &header, WEB]).await
+    };
+    let answer = versioned("next").await;
+    assert!(answer.body.starts_with("web-in-west") && answer.header("tombolo-route").is_none(), "{answer:?}");
+
+    west.operator(&["export", "canary.shop"]).await.unwrap();
+    let arrives = async |version: &str, name: &str, by: &str| {
+        until(&format!("{version} to go to {name} by {by}"), async || {
+            let answer = versioned(version).await;
+            (answer.body.starts_with(name) && answer.header("tombolo-route") == Some(by)).then_some(())
+        })
+        .await;
+    };
+    arrives("next", "canary-in-west", "HTTPRoute shop/web of cluster west, rule 0").await;
+    arrives("other", "web-in-west", "HTTPRoute shop/web of cluster west, rule 1").await;
+
+    east.write_resource("route.yaml", &route("beta")).unwrap();
+    arrives("beta", "canary-in-west", "HTTPRoute shop/web, rule 0").await;
+    arrives("next", "web-in-west", "HTTPRoute shop/web, rule 1").await;
+    std::fs::remove_file(east.dir().join("cluster/route.yaml")).unwrap();
+    arrives("next", "canary-in-west", "HTTPRoute shop/web of cluster west, rule 0").await;
+
+    // An edit in the producer's cluster is in force in the consumer's.
+    west.write_resource("route.yaml", &route("gamma")).unwrap();
+    arrives("gamma", "canary-in-west", "HTTPRoute shop/web of cluster west, rule 0").await;
+    west.operator(&["unexport", "canary.shop"]).await.unwrap();
+    until("the route to be taken back", async || {
+        let answer = versioned("gamma").await;
+        (answer.body.starts_with("web-in-west") && answer.header("tombolo-route").is_none()).then_some(())
+    })
+    .await;
+    tokio::join!(east.stop(), west.stop());
+}

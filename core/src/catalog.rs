@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use crate::conflict::{self, Conflict};
 use crate::id::{ClusterId, EndpointId, Position, ServiceName};
-use crate::import::{Import, StreamBroken, Touched};
+use crate::import::{Import, StreamBroken, Touched, UpdateRefused};
 use crate::model::{Authority, ClusterShare, Export, Freshness, Origin};
-use crate::publish::{Roots, Update};
+use crate::policy::exported;
+use crate::policy::route::Route;
+use crate::publish::{Change, Roots, Update};
 use crate::sni::SYSTEM_NAMESPACE;
 
 /// Where a sidecar of this cluster accepts inner legs for one port of one endpoint.
@@ -87,7 +89,9 @@ impl Catalog {
         let Some(peer) = self.peers.get(cluster) else { return BTreeMap::new() };
         let offered = |share: &&LocalShare| share.exported && peer.authority.offers(&share.export.service);
         let published = self.local.values().filter(offered);
-        published.map(|share| (share.export.service.clone(), share.export.clone())).collect()
+        let is_offered = |service: &ServiceName| self.local.get(service).as_ref().is_some_and(offered);
+        let told = |share: &LocalShare| exported::offered(&share.export, &self.cluster, is_offered);
+        published.map(|share| (share.export.service.clone(), told(share))).collect()
     }
 
     /// Replaces this cluster's own services.
@@ -164,8 +168,9 @@ impl Catalog {
         update: Update,
     ) -> Option<Result<(Changed, Touched), StreamBroken>> {
         let peer = self.peers.get_mut(cluster)?;
+        let (update, without) = admit(update, cluster);
         let touched = match peer.import.handle_update(update) {
-            Ok(touched) => touched,
+            Ok(touched) => Touched { refused: touched.refused.or(without), ..touched },
             Err(broken) => return Some(Err(broken)),
         };
         let changed = self.refresh(touched.services.clone());
@@ -178,8 +183,9 @@ impl Catalog {
         self.local.keys().chain(imported).cloned().collect()
     }
 
-    fn refresh(&mut self, touched: Changed) -> Changed {
+    fn refresh(&mut self, mut touched: Changed) -> Changed {
         let mut changed = Changed::new();
+        touched.extend(self.leading_to(&touched));
         for service in touched {
             let view = self.compute(&service);
             if self.views.get(&service).map(AsRef::as_ref) == view.as_ref() {
@@ -192,6 +198,16 @@ impl Catalog {
             changed.insert(service);
         }
         changed
+    }
+
+    /// Services whose imported routes lead to one of these: whether a route is acceptable depends on them.
+    fn leading_to(&self, services: &Changed) -> Vec<ServiceName> {
+        let routed = self.peers.values().flat_map(|peer| peer.import.routed().iter().map(move |name| (peer, name)));
+        let leads = routed.filter(|(peer, name)| {
+            let routes = &peer.import.exports()[*name].routes;
+            routes.iter().any(|route| route.services().into_iter().any(|to| services.contains(to)))
+        });
+        leads.map(|(_, name)| name.clone()).collect()
     }
 
     /// The view of one service, from nothing but the present state; `None` when nobody has it.
@@ -222,14 +238,14 @@ impl Catalog {
                 cluster: (*cluster).clone(),
                 origin: Origin::Remote,
                 freshness: *freshness,
-                export: as_used(export, true),
+                export: Export { routes: self.routes_from(cluster, export), ..as_used(export, true) },
             })
             .collect();
         shares.extend(local.map(|local| ClusterShare {
             cluster: self.cluster.clone(),
             origin: Origin::Local,
             freshness: Freshness::Fresh,
-            export: as_used(&local.export, exported),
+            export: Export { routes: Vec::new(), ..as_used(&local.export, exported) },
         }));
         shares.sort_by(|a, b| a.cluster.cmp(&b.cluster));
         let offered = self.peers.iter().filter(|(_, peer)| exported && peer.authority.offers(service));
@@ -244,8 +260,24 @@ impl Catalog {
         })
     }
 
+    /// The routes that came with a peer's export, as far as what they lead to came from the same peer.
+    fn routes_from(&self, cluster: &ClusterId, export: &Export) -> Vec<Arc<Route>> {
+        let Some(peer) = self.peers.get(cluster) else { return Vec::new() };
+        let is_exported = |to: &ServiceName| peer.authority.accepts(to) && peer.import.exports().contains_key(to);
+        exported::acceptable(export, is_exported)
+    }
+
     fn exporters(&self, service: &ServiceName) -> impl Iterator<Item = (&ClusterId, &Peer)> {
         let importable = service.namespace().as_str() != SYSTEM_NAMESPACE;
         self.peers.iter().filter(move |(_, peer)| importable && peer.import.exports().contains_key(service))
     }
+}
+
+/// Takes the routes out of an update that its sender may not have.
+fn admit(update: Update, cluster: &ClusterId) -> (Update, Option<UpdateRefused>) {
+    let Change::Export(export) = update.change else { return (update, None) };
+    let service = export.service.clone();
+    let (export, refused) = exported::admit(export, cluster);
+    let refused = refused.map(|reason| UpdateRefused::Route { service, reason });
+    (Update { change: Change::Export(export), ..update }, refused)
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::bundle::{self, BundleRefused, Version};
 use crate::id::{EndpointId, Position, ServiceName, SpiffeId, TrustDomain};
 use crate::model::{Endpoint, Export, GatewayAddress};
+use crate::policy::InvalidField;
 use crate::publish::{Change, Published, Revocations, Roots, Update};
 use crate::sni::SYSTEM_NAMESPACE;
 
@@ -17,6 +18,8 @@ use crate::sni::SYSTEM_NAMESPACE;
 pub const EXPORTS_MAX: usize = 10_000;
 pub const ENDPOINTS_MAX: usize = 10_000;
 pub const ENDPOINTS_TOTAL_MAX: usize = 100_000;
+/// Routes, over all of a peer's exports.
+pub const ROUTES_TOTAL_MAX: usize = 1_000;
 const PORTS_MAX: usize = 256;
 const SERVER_IDS_MAX: usize = 256;
 const GATEWAYS_MAX: usize = 64;
@@ -44,6 +47,8 @@ pub enum UpdateRefused {
     RevocationsWentBack { held: u64, offered: u64 },
     #[error("revocations of the same sequence {0} may only grow")]
     RevocationsShrank(u64),
+    #[error("{service} is taken without one of its routes: {reason}")]
+    Route { service: ServiceName, reason: InvalidField },
     #[error("more than {limit} {what} from one peer")]
     TooMany { limit: usize, what: &'static str },
 }
@@ -83,6 +88,9 @@ pub struct Import {
     held: Published,
     refused: BTreeMap<ServiceName, RefusedExport>,
     endpoints_total: usize,
+    /// Services whose exports bring routes.
+    routed: BTreeSet<ServiceName>,
+    routes_total: usize,
     /// Services named by the snapshot that is being received.
     snapshot: Option<BTreeSet<ServiceName>>,
 }
@@ -96,6 +104,8 @@ impl Import {
             held: Published::default(),
             refused: BTreeMap::new(),
             endpoints_total: 0,
+            routed: BTreeSet::new(),
+            routes_total: 0,
             snapshot: None,
         }
     }
@@ -107,6 +117,11 @@ impl Import {
 
     pub fn exports(&self) -> &BTreeMap<ServiceName, Arc<Export>> {
         &self.held.exports
+    }
+
+    /// Services whose exports bring routes.
+    pub fn routed(&self) -> &BTreeSet<ServiceName> {
+        &self.routed
     }
 
     pub fn refused(&self) -> &BTreeMap<ServiceName, RefusedExport> {
@@ -231,6 +246,12 @@ impl Import {
         // The peer no longer says what it said before, so the earlier export goes even if this one is refused.
         let before = self.held.exports.get(&service).cloned();
         self.remove(&service, touched);
+        // Above the bound it is its routes that there is no room for, not the service.
+        let no_room = limit(self.routes_total + export.routes.len(), ROUTES_TOTAL_MAX, "routes").err();
+        let export = match &no_room {
+            Some(_) => Arc::new(Export { routes: Vec::new(), ..Arc::unwrap_or_clone(export) }),
+            None => export,
+        };
         if let Err(reason) = self.acceptable(&export) {
             if self.refused.len() < EXPORTS_MAX && !matches!(reason, UpdateRefused::TooMany { .. }) {
                 self.refused.insert(service, RefusedExport { reason: reason.clone(), export });
@@ -243,8 +264,12 @@ impl Import {
             touched.services.remove(&service);
         }
         self.endpoints_total += export.endpoints.len();
+        self.routes_total += export.routes.len();
+        if !export.routes.is_empty() {
+            self.routed.insert(service.clone());
+        }
         self.held.exports.insert(service, export);
-        Ok(())
+        no_room.map_or(Ok(()), Err)
     }
 
     fn acceptable(&self, export: &Export) -> Result<(), UpdateRefused> {
@@ -273,6 +298,8 @@ impl Import {
         self.refused.remove(service);
         if let Some(export) = self.held.exports.remove(service) {
             self.endpoints_total -= export.endpoints.len();
+            self.routes_total -= export.routes.len();
+            self.routed.remove(service);
             touched.services.insert(service.clone());
         }
     }

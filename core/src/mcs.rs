@@ -158,6 +158,7 @@ mod tests {
             ports: ports.iter().cloned().collect(),
             server_ids: [server.unwrap()].into(),
             endpoints: [endpoint("a", true), endpoint("b", false)].map(|one| (one.id.clone(), one)).into(),
+            routes: Vec::new(),
         }
     }
 

@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{ClusterId, EndpointId, GatewayId, InvalidName, ServiceName, SpiffeId};
+use crate::policy::route::Route;
 
 /// Transport protocol of a service port (`Service.spec.ports[].protocol`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -134,6 +136,10 @@ pub struct Export {
     /// The identities that servers of this service may have; all in the exporter's own trust domain.
     pub server_ids: BTreeSet<SpiffeId>,
     pub endpoints: BTreeMap<EndpointId, Endpoint>,
+    /// The exporter's own routes for it (GAMMA's producer routes). In views of another cluster's share they mean that
+    /// cluster's endpoints alone; the own share has none there, since the own cluster's routes are told beside it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routes: Vec<Arc<Route>>,
 }
 
 impl Export {

@@ -7,7 +7,7 @@
 //!   [`route::Route`]s that discovery sent, and keeps it in its snapshot. For each request it gives
 //!   [`table::RouteTable::pick`] the request's [`matching::Head`] and a random number, and gets the rule, its
 //!   filters, its times and the backend. It has to know (be subscribed to)
-//!   [`table::RouteTable::services`]. No table, or an empty one: the request goes to the service itself.
+//!   [`table::RouteTable::services`]. Other clusters' routes come with their exports: [`exported::leading`]. No table, or an empty one: the request goes to the service itself.
 //! - [`traffic::TrafficPolicy`] of the backend's service then says how its clusters and endpoints are
 //!   chosen and how long tries last. [`traffic::TrafficSpec::fault`] says what goes wrong on purpose.
 //! - The sidecar that delivers a service asks [`access::decide`] for each request (for each connection
@@ -17,6 +17,7 @@
 //! cluster; access and rate limits where the service is delivered.
 
 pub mod access;
+pub mod exported;
 pub mod matching;
 pub mod pattern;
 pub mod rate;

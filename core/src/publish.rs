@@ -157,7 +157,7 @@ impl Publication {
 
 fn cost(change: &Change) -> usize {
     match change {
-        Change::Export(export) => 1 + export.endpoints.len(),
+        Change::Export(export) => 1 + export.endpoints.len() + export.routes.len(),
         Change::Revocations(revocations) => 1 + revocations.ids.len(),
         _ => 1,
     }
@@ -205,11 +205,12 @@ fn export_changes(old: &Export, new: &Arc<Export>, changes: &mut Vec<Change>) {
 }
 
 fn same_but_for_endpoints(a: &Export, b: &Export) -> bool {
-    let Export { service, created, kind, session_affinity, ports, server_ids, endpoints: _ } = a;
+    let Export { service, created, kind, session_affinity, ports, server_ids, endpoints: _, routes } = a;
     *service == b.service
         && *created == b.created
         && *kind == b.kind
         && *session_affinity == b.session_affinity
         && *ports == b.ports
         && *server_ids == b.server_ids
+        && *routes == b.routes
 }

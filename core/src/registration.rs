@@ -104,6 +104,7 @@ fn local_share(
         ports: declared.ports.clone(),
         server_ids: declared.server_ids.clone(),
         endpoints,
+        routes: state.policies.produced(&declared.service),
     };
     let exported = declared.exported.is_some() && declared.service.namespace().as_str() != SYSTEM_NAMESPACE;
     LocalShare { export: Arc::new(export), exported, deliveries }

@@ -10,10 +10,12 @@ use proptest::prelude::*;
 use tombolo_core::catalog::{Catalog, Delivery, LocalShare};
 use tombolo_core::conflict::Conflict;
 use tombolo_core::id::{ClusterId, Position, ServiceName};
-use tombolo_core::import::Import;
+use tombolo_core::import::{Import, UpdateRefused};
 use tombolo_core::model::{
     AppProtocol, Authority, Endpoint, Export, Freshness, Origin, ServiceKind, ServicePort, ServiceSelector, Transport,
 };
+use tombolo_core::policy::exported;
+use tombolo_core::policy::route::Route;
 use tombolo_core::publish::{Change, Update};
 use tombolo_core::registration::{self, Registered, RegistrationRefused, Registrations};
 use tombolo_core::source::{LocalEndpoint, LocalService, LocalState};
@@ -36,6 +38,7 @@ fn export(exporter: &str, name: &str, created_ms: i64, port: u16) -> Export {
         ports: [ServicePort { name: "http".into(), port, transport: Transport::Tcp, app: AppProtocol::Http }].into(),
         server_ids: [format!("spiffe://{exporter}/ns/a/sa/b").parse().unwrap()].into(),
         endpoints: [(endpoint.id.clone(), endpoint)].into(),
+        routes: Vec::new(),
     }
 }
 
@@ -258,4 +261,180 @@ fn registrations_are_judged_by_service_port_and_identity() {
     assert!(matches!(check("shop/web", 81, "spiffe://east/ns/a/sa/b"), Err(RegistrationRefused::UnknownPort { .. })));
     let refused = check("shop/web", 80, "spiffe://west/ns/a/sa/b");
     assert!(matches!(refused, Err(RegistrationRefused::IdentityNotAllowed { .. })));
+}
+
+/// A route of shop/`name` in `cluster`, to a backend in `leads.0` of `leads.1`; `None` is the own cluster's way to write it.
+fn route(name: &str, cluster: Option<&str>, leads: (&str, Option<&str>)) -> Route {
+    let (backend, there) = leads;
+    let json = serde_json::json!({
+        "resource": { "kind": "HTTPRoute", "namespace": "shop", "name": name, "cluster": cluster },
+        "created": "2026-01-01T00:00:00Z",
+        "parents": [{ "service": "shop/web" }],
+        "rules": [{ "backends": [{ "service": backend, "cluster": there, "weight": 1 }] }],
+    });
+    serde_json::from_value(json).unwrap()
+}
+
+fn routed(exporter: &str, routes: Vec<Route>) -> Export {
+    Export { routes: routes.into_iter().map(Arc::new).collect(), ..export(exporter, "shop/web", 1, 80) }
+}
+
+/// Names of the routes that callers are told with a cluster's share of shop/web.
+fn told(catalog: &Catalog, of: &str) -> Vec<String> {
+    let view = &catalog.views()[&service("shop/web")];
+    let share = view.shares.iter().find(|share| share.cluster == cluster(of)).unwrap();
+    share.export.routes.iter().map(|route| route.resource.name.clone()).collect()
+}
+
+#[test]
+fn a_route_is_published_with_what_it_leads_to() {
+    let mut catalog = east();
+    let mut elsewhere = route("elsewhere", None, ("shop/web", None));
+    elsewhere.parents.push(serde_json::from_str(r#"{"service": "shop/other"}"#).unwrap());
+    let routes = vec![
+        route("own", None, ("shop/web", None)),
+        route("canary", None, ("shop/canary", Some("east"))),
+        route("hidden", None, ("shop/db", None)),
+        route("abroad", None, ("shop/web", Some("west"))),
+        elsewhere,
+    ];
+    let share = |exported| local(export("east", "shop/canary", 1, 80), exported);
+    catalog.handle_local([local(routed("east", routes.clone()), true), share(true)].into());
+    let published = |catalog: &Catalog| catalog.published_to(&cluster("west"))[&service("shop/web")].clone();
+    let names = |export: &Export| export.routes.iter().map(|it| it.resource.name.clone()).collect::<Vec<_>>();
+    let export = published(&catalog);
+    assert_eq!(names(&export), ["own", "canary", "elsewhere"]);
+    for route in &export.routes {
+        assert_eq!(route.resource.cluster, Some(cluster("east")));
+        assert!(route.rules[0].backends.iter().all(|backend| backend.cluster == Some(cluster("east"))));
+        assert_eq!(route.parents.len(), 1, "what it says of other services is not told");
+    }
+    // The peer takes all of it.
+    assert_eq!(exported::admit(export, &cluster("east")).1, None);
+    catalog.handle_local([local(routed("east", routes), true), share(false)].into());
+    assert_eq!(names(&published(&catalog)), ["own", "elsewhere"]);
+    assert!(told(&catalog, "east").is_empty(), "the own callers are told beside the export");
+}
+
+#[test]
+fn a_peers_route_acts_while_what_it_leads_to_is_exported_too() {
+    let canary = || routed("west", vec![route("canary", Some("west"), ("shop/canary", Some("west")))]);
+    let mut catalog = east();
+    put(&mut catalog, "west", canary());
+    assert!(told(&catalog, "west").is_empty());
+    let changed = |catalog: &mut Catalog, change| {
+        catalog.handle_update(&cluster("west"), update(change)).unwrap().unwrap().0.contains(&service("shop/web"))
+    };
+    assert!(changed(&mut catalog, Change::Export(export("west", "shop/canary", 1, 80).into())));
+    assert_eq!(told(&catalog, "west"), ["canary"]);
+    // In the other order it is the same.
+    let mut other = east();
+    put(&mut other, "west", export("west", "shop/canary", 1, 80));
+    put(&mut other, "west", canary());
+    assert_eq!(other.views(), catalog.views());
+    assert!(changed(&mut catalog, Change::ExportRemoved(service("shop/canary"))));
+    assert!(told(&catalog, "west").is_empty());
+    // What the grant leaves out is as good as not exported.
+    let mut granted = Catalog::new(cluster("east"));
+    granted.handle_peer_added(cluster("west"), authority(&[], &["shop/web"]), import("west"));
+    put(&mut granted, "west", export("west", "shop/canary", 1, 80));
+    put(&mut granted, "west", canary());
+    assert!(told(&granted, "west").is_empty());
+}
+
+#[test]
+fn a_peers_routes_are_believed_no_more_than_the_rest() {
+    let good = || route("good", Some("west"), ("shop/web", Some("west")));
+    let with = |change: &dyn Fn(&mut Route)| {
+        let mut route = good();
+        route.resource.name = "bad".into();
+        change(&mut route);
+        route
+    };
+    let header = |name: &str| vec![(name.to_owned(), "x".to_owned())];
+    for (what, bad, want) in [
+        (
+            "another cluster's name",
+            with(&|it| it.resource.cluster = Some(cluster("east"))),
+            "cluster: not that of west",
+        ),
+        ("nobody's name", with(&|it| it.resource.cluster = None), "cluster: not that of west"),
+        ("another kind", with(&|it| it.resource.kind = tombolo_core::policy::Kind::AccessPolicy), "kind: not a route"),
+        ("a consumer's route", with(&|it| it.resource.namespace = "pay".parse().unwrap()), "metadata.namespace: "),
+        (
+            "another service",
+            with(&|it| it.parents[0].service = service("pay/api")),
+            "parentRefs: names another service",
+        ),
+        ("no service", with(&|it| it.parents.clear()), "parentRefs: names another service"),
+        (
+            "the own cluster's endpoints",
+            with(&|it| it.rules[0].backends[0].cluster = Some(cluster("east"))),
+            "backendRefs: leads",
+        ),
+        ("everybody's endpoints", with(&|it| it.rules[0].backends[0].cluster = None), "backendRefs: leads"),
+        (
+            "two messages in one",
+            with(&|it| it.rules[0].filters.request_headers.set = header("transfer-encoding")),
+            "transfer-encoding frames",
+        ),
+        (
+            "the same by case",
+            with(&|it| it.rules[0].backends[0].request_headers.add = header("Content-Length")),
+            "content-length frames",
+        ),
+        (
+            "a header that is none",
+            with(&|it| it.rules[0].filters.response_headers.set = header("a\r\nb")),
+            "is not a header's name",
+        ),
+        ("too many rules", with(&|it| it.rules = vec![it.rules[0].clone(); 17]), "rules: more than 16"),
+    ] {
+        let mut catalog = east();
+        let sent = update(Change::Export(routed("west", vec![bad, good()]).into()));
+        let (_, touched) = catalog.handle_update(&cluster("west"), sent).unwrap().unwrap();
+        let Some(UpdateRefused::Route { reason, .. }) = &touched.refused else { panic!("{what}: {touched:?}") };
+        assert!(reason.to_string().contains(want), "{what}: {reason}");
+        // The service and its other routes are there all the same.
+        assert_eq!(told(&catalog, "west"), ["good"], "{what}");
+    }
+    let mut catalog = east();
+    let full = |n: u32| Export { service: service(&format!("shop/s{n}")), ..routed("west", vec![good(); 32]) };
+    for n in 0..40 {
+        let mut export = full(n);
+        for route in &mut export.routes {
+            Arc::make_mut(route).parents[0].service = export.service.clone();
+        }
+        let (_, touched) =
+            catalog.handle_update(&cluster("west"), update(Change::Export(export.into()))).unwrap().unwrap();
+        // Thirty-one times 32 find room among a peer's 1,000.
+        assert_eq!(touched.refused.is_some(), n >= 31, "{n}: {:?}", touched.refused);
+    }
+    let exports = catalog.import(&cluster("west")).unwrap().exports();
+    assert_eq!((exports.len(), exports.values().map(|export| export.routes.len()).sum::<usize>()), (40, 31 * 32));
+    let many = |count| routed("west", (0..count).map(|_| good()).collect());
+    let (kept, refused) = exported::admit(many(40).into(), &cluster("west"));
+    assert!(kept.routes.len() == exported::OF_EXPORT_MAX && refused.is_some());
+}
+
+#[test]
+fn of_several_clusters_routes_those_of_the_oldest_export_count_and_none_beside_the_own_service() {
+    let mut catalog = east();
+    catalog.handle_peer_added(cluster("north"), authority(&[], &["shop/*"]), import("north"));
+    let of = |name: &str, created_ms| Export {
+        routes: vec![Arc::new(route(name, Some(name), ("shop/web", Some(name))))],
+        ..export(name, "shop/web", created_ms, 80)
+    };
+    put(&mut catalog, "west", of("west", 1));
+    put(&mut catalog, "north", of("north", 2));
+    let leading = |catalog: &Catalog| {
+        let shares = &catalog.views()[&service("shop/web")].shares;
+        exported::leading(shares).iter().map(|route| route.resource.name.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(leading(&catalog), ["west"]);
+    put(&mut catalog, "north", of("north", 0));
+    assert_eq!(leading(&catalog), ["north"]);
+    // The own service decides for its own callers, exported or not.
+    catalog.handle_local([local(export("east", "shop/web", 9, 80), false)].into());
+    assert!(leading(&catalog).is_empty());
 }

@@ -44,6 +44,7 @@ fn share(cluster: &str, kind: ServiceKind, endpoints: &[(&str, Option<&str>, boo
             ports: ports.into(),
             server_ids: BTreeSet::new(),
             endpoints: endpoints.iter().map(endpoint).collect(),
+            routes: Vec::new(),
         },
     }
 }

@@ -138,6 +138,15 @@ impl PolicySet {
         self.all(service).filter(wanted).cloned().collect()
     }
 
+    /// Routes of the service's own namespace, which callers of other clusters are told with its export.
+    pub fn produced(&self, service: &ServiceName) -> Vec<Arc<Route>> {
+        let own = self.of_service.get(service).into_iter().flatten().filter_map(|policy| match policy {
+            Policy::Route(route) => Some(route),
+            Policy::Traffic(_) | Policy::Access(_) => None,
+        });
+        own.filter(|route| route.resource.namespace == *service.namespace()).cloned().collect()
+    }
+
     fn all(&self, service: &ServiceName) -> impl Iterator<Item = &Policy> {
         let of_service = self.of_service.get(service).into_iter().flatten();
         of_service.chain(self.of_namespace.get(service.namespace()).into_iter().flatten())

@@ -306,6 +306,7 @@ mod tests {
             ports: [port].into(),
             server_ids: BTreeSet::new(),
             endpoints: BTreeMap::new(),
+            routes: Vec::new(),
         };
         let cluster = "east".parse().unwrap();
         let share = ClusterShare { cluster, origin: Origin::Remote, freshness: Freshness::Fresh, export };

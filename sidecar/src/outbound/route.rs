@@ -12,6 +12,8 @@ use tokio::sync::Notify;
 use tombolo_core::id::{ClusterId, EndpointId, InstanceName, Namespace, ServiceName, SpiffeId};
 use tombolo_core::model::{AppProtocol, Origin, SessionAffinity};
 use tombolo_core::outlier::{Elsewhere, Outcome, OutlierConfig, OutlierEvent};
+use tombolo_core::policy::exported;
+use tombolo_core::policy::set::Policy;
 use tombolo_core::retry::RetryBudget;
 use tombolo_core::routing::{
     self, Balance, ClusterReach, ClusterView, Draw, EndpointKey, EndpointView, Pick, PickReason, Plan, Preferences,
@@ -249,8 +251,11 @@ impl Route {
         let own = self.around.svid.current();
         let caller = own.as_ref().and_then(|svid| svid.id.as_workload()?.0.parse::<Namespace>().ok());
         let caller = caller.unwrap_or_else(|| self.service.namespace().clone());
-        let told = view.as_ref().map_or(&[][..], |view| &view.policies);
-        planning.policies = Policies::new(told, &self.service, self.port, &caller);
+        let told = view.as_ref().map_or(&[][..], |view| &view.policies).iter().cloned();
+        let shares = view.iter().flat_map(|view| view.shares.iter().map(|share| &share.share));
+        let exported = exported::leading(shares).iter().cloned().map(Policy::Route);
+        let told: Vec<Policy> = told.chain(exported).collect();
+        planning.policies = Policies::new(&told, &self.service, self.port, &caller);
         let policies = planning.policies.clone();
         let traffic = policies.as_ref().and_then(|policies| policies.traffic());
         planning.preferences = policy::preferences(preferences(view.as_deref(), self.port), traffic);

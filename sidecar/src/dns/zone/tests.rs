@@ -105,6 +105,7 @@ fn view(service: &str, kind: ServiceKind, numbers: ServiceNumbers) -> ServiceSta
         ports: BTreeSet::from([port]),
         server_ids: BTreeSet::new(),
         endpoints: BTreeMap::from([(endpoint.id.clone(), endpoint)]),
+        routes: Vec::new(),
     };
     let share =
         ClusterShare { cluster: "west".parse().unwrap(), origin: Origin::Remote, freshness: Freshness::Fresh, export };
