@@ -20,6 +20,7 @@ pub mod id;
 pub mod import;
 pub mod invitation;
 pub mod join;
+pub mod lease;
 pub mod liveness;
 pub mod mcs;
 pub mod model;

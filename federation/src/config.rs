@@ -15,6 +15,9 @@ use tombolo_runtime::telemetry::TelemetryConfig;
 
 /// Shortest and longest life of an SVID that makes sense: renewal happens at half of it.
 const SVID_LIFE_MIN: Duration = Duration::from_secs(4);
+/// Below it an API server that is slow for a moment changes the leader.
+const LEASE_DURATION_MIN: Duration = Duration::from_secs(5);
+const LEASE_DURATION_MAX: Duration = Duration::from_secs(300);
 const SVID_LIFE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Everything a federation is told.
@@ -73,6 +76,15 @@ pub struct KubernetesConfig {
     /// Where tombolo is installed.
     #[serde(default = "default_namespace")]
     pub namespace: Namespace,
+    /// What tells this replica from others in the election of the leader; the host's name if absent.
+    pub identity: Option<String>,
+    /// How long the leader may be silent until another replica takes over.
+    #[serde(default = "default_lease_duration", with = "humantime_serde")]
+    pub lease_duration: Duration,
+}
+
+fn default_lease_duration() -> Duration {
+    Duration::from_secs(15)
 }
 
 fn default_namespace() -> Namespace {
@@ -125,6 +137,15 @@ impl Validate for Config {
             }
             SourceConfig::Directory(_) | SourceConfig::Kubernetes(_) => {}
         }
+        if let SourceConfig::Kubernetes(kubernetes) = &self.source {
+            let duration = kubernetes.lease_duration;
+            if !(LEASE_DURATION_MIN..=LEASE_DURATION_MAX).contains(&duration) || duration.subsec_nanos() != 0 {
+                problems.push(Problem::new("source.kubernetes.leaseDuration", "write whole seconds from 5s to 5m"));
+            }
+            if kubernetes.identity.as_ref().is_some_and(String::is_empty) {
+                problems.push(Problem::new("source.kubernetes.identity", "write a name, another one for each replica"));
+            }
+        }
         problems
     }
 }
@@ -172,6 +193,8 @@ mod tests {
             ("{}", "f.yaml:3"),
             ("{kubernetes: {kubeconfig: /no/such}}", "source.kubernetes.kubeconfig"),
             ("{kubernetes: {context: east}}", "source.kubernetes.context"),
+            ("{kubernetes: {leaseDuration: 1s}}", "source.kubernetes.leaseDuration"),
+            ("{kubernetes: {identity: ''}}", "source.kubernetes.identity"),
             ("{kubernetes: {kubeconfg: /}}", "kubeconfg"),
         ] {
             let refused = source(text).unwrap_err();

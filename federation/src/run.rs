@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 use jiff::Timestamp;
@@ -30,14 +31,14 @@ use crate::config::{Config, SourceConfig};
 use crate::discovery::DiscoveryService;
 use crate::hub::{self, HubHandle, HubStart, PeeringEvent, remembered};
 use crate::identity::IdentityService;
-use crate::kubernetes;
+use crate::kubernetes::{self, Candidate, Leadership};
 use crate::mcs::Writer;
 use crate::operator::{OperatorService, OperatorSocket};
 use crate::peering::{self, Peering};
 use crate::report;
 use crate::source::kubernetes::{KubernetesSettings, start as start_kubernetes};
 use crate::source::{self, SourceHandle, SourceSettings};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::sync::publisher::Publisher;
 use crate::sync::subscriber::{self, Subscriber};
 
@@ -48,6 +49,9 @@ const RENEWAL_GRACE: std::time::Duration = std::time::Duration::from_secs(24 * 3
 /// How often a client of discovery is asked whether it lives.
 const KEEP_ALIVE: std::time::Duration = std::time::Duration::from_secs(5);
 
+/// How often the state directory is asked for that another replica still has.
+const STATE_PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
+
 /// What is durable, and who this process is.
 struct Base {
     ca: CertificateAuthority,
@@ -56,30 +60,66 @@ struct Base {
     svid: SvidSource,
 }
 
-/// Runs a federation until it has drained.
+/// The hub, as soon as there is one: what the admin port shows.
+type Shown = Arc<OnceLock<HubHandle>>;
+
+/// Runs a federation until it has drained. With an API server it stands by until it leads, and ends with an error when
+/// another replica does.
 pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
-    let base = open(&config)?;
+    let opened = open_source(&config.source).await?;
+    let shown = Shown::default();
+    let admin = start_admin(&config, &process, shown.clone()).await?;
+    let (OpenedSource::Kubernetes { client, .. }, SourceConfig::Kubernetes(kubernetes)) = (&opened, &config.source)
+    else {
+        return lead(config, process, opened, Leadership::default(), admin, shown).await;
+    };
+    let leads = process.readiness.condition("leader", "it is not known yet who leads");
+    let identity = kubernetes.identity.clone().map_or_else(host_name, Ok)?;
+    let mut candidate = Candidate::new(client.clone(), &kubernetes.namespace, identity, kubernetes.lease_duration);
+    tokio::select! {
+        () = candidate.until_leading(|holder| leads.fails(format!("{holder} leads; this replica stands by"))) => {}
+        () = process.drain.draining() => return Ok(()),
+    }
+    leads.holds();
+    let leadership = candidate.leadership();
+    let drain = process.drain.clone();
+    let mut keeping = tokio::spawn(candidate.keep(drain.clone()));
+    let mut leading = pin!(lead(config, process, opened, leadership, admin, shown));
+    tokio::select! {
+        ended = &mut leading => {
+            if drain.is_draining() {
+                // The lease is given up first, or has run out of patience.
+                keeping.await.context("the task that keeps the lease panicked")?;
+            } else {
+                keeping.abort();
+            }
+            ended
+        }
+        kept = &mut keeping => match kept.context("the task that keeps the lease panicked")? {
+            Some(lost) => Err(lost.into()),
+            None => leading.await,
+        },
+    }
+}
+
+/// Does everything that a federation does.
+async fn lead(
+    config: Config,
+    process: Process,
+    opened: OpenedSource,
+    leadership: Leadership,
+    admin: Admin,
+    shown: Shown,
+) -> anyhow::Result<()> {
+    let base = open_when_free(&config, &opened, &process.drain).await?;
     let operator = OperatorSocket::bind(&config.state)?;
     let discovery = bind("discovery", config.discovery).await?;
     let legs = bind("legs", config.legs).await?;
     let (discovery_address, legs_address) = (discovery.local_addr()?, legs.local_addr()?);
 
-    let start = HubStart {
-        cluster: config.cluster.clone(),
-        trust_domain: config.trust_domain(),
-        bundle: base.ca.bundle(),
-        trust: base.trust.clone(),
-        store: base.store.clone(),
-        metrics: process.metrics.clone(),
-        default_access: config.default_access,
-        remembered: remembered::load(&config.state),
-    };
-    let (hub, events) = hub::start(start);
-    let revoked = base.store.revoked();
-    hub.own_revoked(revoked.sequence, revoked.ids).await?;
-
+    let (hub, events) = start_hub(&config, &base, &process.metrics).await?;
+    _ = shown.set(hub.clone());
     let mut tasks = JoinSet::new();
-    let opened = open_source(&config.source).await?;
     let started = start_source(&config, &opened, &base, &hub, &process.readiness, &mut tasks);
     let source = tokio::select! {
         started = started => started?,
@@ -91,7 +131,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     let allocator = Allocator::start(hub.clone(), base.store.clone(), ranges, &process.metrics).await?;
     tasks.spawn(allocator.run());
     if let OpenedSource::Kubernetes { client, .. } = opened {
-        tasks.spawn(Writer::new(client, hub.clone(), source.state(), &process.metrics).run());
+        tasks.spawn(Writer::new(client, leadership, hub.clone(), source.state(), &process.metrics).run());
     }
     tasks.spawn(peering::follow_declared(peering.clone(), source.clone()));
     tasks.spawn(remembered::follow(hub.clone(), config.state.clone()));
@@ -113,11 +153,6 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     let serve_operator = operator.serve(operator_service.server(), async move { stop.draining().await });
     servers.spawn(async move { serve_operator.await.context("the operator's socket") });
 
-    let shown = hub.clone();
-    let state = Arc::new(move || report::state(&shown.view()));
-    let redacted = serde_json::to_value(&config)?;
-    let admin = Admin::start(config.admin, process.metrics.clone(), process.readiness.clone(), redacted, state).await;
-    let admin = admin.with_context(|| format!("can't listen on {} (admin)", config.admin))?;
     let addresses = [("discovery", discovery_address), ("legs", legs_address), ("admin", admin.address())];
     process::announce(&config.state, ROLE, &addresses.into())
         .context("announcing the addresses in the state directory")?;
@@ -127,6 +162,58 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     tasks.shutdown().await;
     process::withdraw(&config.state, ROLE)?;
     ended
+}
+
+async fn start_admin(config: &Config, process: &Process, shown: Shown) -> anyhow::Result<Admin> {
+    let state = Arc::new(move || match shown.get() {
+        Some(hub) => report::state(&hub.view()),
+        None => serde_json::json!({ "leads": false }),
+    });
+    let redacted = serde_json::to_value(config)?;
+    let admin = Admin::start(config.admin, process.metrics.clone(), process.readiness.clone(), redacted, state).await;
+    admin.with_context(|| format!("can't listen on {} (admin)", config.admin))
+}
+
+async fn start_hub(
+    config: &Config,
+    base: &Base,
+    metrics: &Metrics,
+) -> anyhow::Result<(HubHandle, mpsc::Receiver<PeeringEvent>)> {
+    let start = HubStart {
+        cluster: config.cluster.clone(),
+        trust_domain: config.trust_domain(),
+        bundle: base.ca.bundle(),
+        trust: base.trust.clone(),
+        store: base.store.clone(),
+        metrics: metrics.clone(),
+        default_access: config.default_access,
+        remembered: remembered::load(&config.state),
+    };
+    let (hub, events) = hub::start(start);
+    let revoked = base.store.revoked();
+    hub.own_revoked(revoked.sequence, revoked.ids).await?;
+    Ok((hub, events))
+}
+
+/// What a replica is called that is not given a name: in a pod, the pod's name.
+fn host_name() -> anyhow::Result<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").context("reading the host's name")?;
+    anyhow::ensure!(!name.trim().is_empty(), "this host has no name; set source.kubernetes.identity");
+    Ok(name.trim().to_owned())
+}
+
+/// A replica that has just taken the lease waits for the state until the last leader has ended.
+async fn open_when_free(config: &Config, source: &OpenedSource, drain: &DrainWatch) -> anyhow::Result<Base> {
+    loop {
+        let opened = open(config);
+        let in_use = opened
+            .as_ref()
+            .is_err_and(|error| matches!(error.downcast_ref::<StoreError>(), Some(StoreError::InUse { .. })));
+        match source {
+            OpenedSource::Kubernetes { .. } if in_use && !drain.is_draining() => tokio::time::sleep(STATE_PAUSE).await,
+            OpenedSource::Kubernetes { .. } | OpenedSource::Directory(_) => return opened,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod imports;
+mod leader;
 mod policies;
 mod source;
 #[path = "../support/mod.rs"]

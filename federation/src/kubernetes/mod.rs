@@ -1,11 +1,13 @@
-//! The cluster's own API server: how it is reached, and how kinds of objects are watched.
+//! The cluster's own API server: how it is reached, how kinds of objects are watched, and which replica leads.
 
 mod client;
+mod lease;
 mod watch;
 
 use kube::api::ApiResource;
 
 pub use client::{ClientError, connect, reason};
+pub use lease::{Candidate, Leadership, Lost};
 pub use watch::{Change, Watch, name_of};
 
 /// A kind of object of an API server.

@@ -27,7 +27,7 @@ use tombolo_runtime::metrics::prometheus_client::metrics::counter::Counter;
 use tombolo_runtime::metrics::prometheus_client::metrics::family::Family;
 
 use crate::hub::{HubGone, HubHandle};
-use crate::kubernetes::{Watch, name_of, reason};
+use crate::kubernetes::{Leadership, Watch, name_of, reason};
 use mirror::{Change, Kind, Mirror, reduce};
 use plan::{Known, Plan, Write, plan};
 
@@ -51,6 +51,7 @@ struct WriteLabels {
 /// The task that writes.
 pub struct Writer {
     client: Client,
+    leadership: Leadership,
     hub: HubHandle,
     source: watch::Receiver<Arc<LocalState>>,
     mirror: Mirror,
@@ -66,7 +67,13 @@ pub struct Writer {
 }
 
 impl Writer {
-    pub fn new(client: Client, hub: HubHandle, source: watch::Receiver<Arc<LocalState>>, metrics: &Metrics) -> Self {
+    pub fn new(
+        client: Client,
+        leadership: Leadership,
+        hub: HubHandle,
+        source: watch::Receiver<Arc<LocalState>>,
+        metrics: &Metrics,
+    ) -> Self {
         let (sender, changes) = mpsc::channel(CHANGES_MAX);
         let mut watches = JoinSet::new();
         for kind in Kind::ALL {
@@ -82,6 +89,7 @@ impl Writer {
         }
         Self {
             client,
+            leadership,
             hub,
             source,
             mirror: Mirror::default(),
@@ -119,6 +127,11 @@ impl Writer {
             if self.again.is_some() || !self.mirror.is_complete() {
                 continue;
             }
+            if !self.leadership.holds() {
+                // As long as it is not known who leads, nothing is written.
+                self.again = Some(Instant::now() + RETRY_FIRST);
+                continue;
+            }
             if self.step().await.is_err() {
                 return;
             }
@@ -136,10 +149,10 @@ impl Writer {
             now: Timestamp::now(),
         };
         let Plan { writes, mut problems } = plan(&known);
-        let client = &self.client;
+        let (client, leadership) = (&self.client, &self.leadership);
         let versions = [Kind::ServiceImport, Kind::ServiceExport].map(|kind| self.mirror.api_version(kind));
         let write = |write: Write| async {
-            let done = carry_out(client, &versions, &write).await;
+            let done = if leadership.holds() { carry_out(client, &versions, &write).await } else { Ok(None) };
             (write, done)
         };
         let mut done = futures::stream::iter(writes).map(write).buffer_unordered(WRITES_AT_ONCE);
