@@ -43,6 +43,10 @@ pub enum Command {
     /// Manage this cluster's own trust domain: add a root, revoke an identity
     #[command(subcommand)]
     Trust(TrustCommand),
+    /// Write everything of this cluster's federation that can't be had again into one file; it may be running
+    Backup(BackupCommand),
+    /// Put a backup's content into an empty state directory
+    Restore(RestoreCommand),
     /// Print the CustomResourceDefinitions of every kind that tombolo brings along, for `kubectl apply -f -`
     Crds(CrdsCommand),
     /// Run the federation service: catalogue, trust, peer sync
@@ -415,6 +419,25 @@ pub struct IdentityCommand {
 pub struct SocketOnly {
     #[command(flatten)]
     pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct BackupCommand {
+    /// The file to write (0600); it holds private keys
+    pub file: PathBuf,
+
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+#[derive(Args)]
+pub struct RestoreCommand {
+    /// What `tombolo backup` wrote
+    pub file: PathBuf,
+
+    /// The state directory that the federation will have
+    #[arg(long, env = "TOMBOLO_STATE", value_name = "DIR")]
+    pub state: PathBuf,
 }
 
 #[derive(Args)]

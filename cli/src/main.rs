@@ -45,6 +45,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Explain(command) => operator::explain::run(command),
         Command::Join(command) => operator::join::run(command),
         Command::Trust(command) => operator::trust::run(command),
+        Command::Backup(command) => operator::backup::backup(&command),
+        Command::Restore(command) => operator::backup::restore(&command),
         Command::Crds(command) => operator::crds::run(&command),
         Command::Demo(options) => demo::run(options),
         Command::DemoApp(options) => demo::app::run(options),

@@ -32,6 +32,8 @@ fn every_command_explains_itself() {
         &["trust", "add-root", "--help"],
         &["trust", "revoke", "--help"],
         &["trust", "unrevoke", "--help"],
+        &["backup", "--help"],
+        &["restore", "--help"],
         &["crds", "--help"],
         &["demo", "--help"],
     ] {

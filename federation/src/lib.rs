@@ -4,6 +4,7 @@
 //! bounded channel and read immutable snapshots.
 
 pub mod addresses;
+pub mod backup;
 pub mod config;
 pub mod discovery;
 pub mod hub;

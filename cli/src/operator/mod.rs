@@ -1,5 +1,7 @@
-//! The operator's commands: all but `crds` ask the federation of this cluster over its Unix socket.
+//! The operator's commands: all but `crds`, `backup` and `restore` ask a process of this cluster: its federation over the
+//! Unix socket, `explain` a sidecar.
 
+pub mod backup;
 pub mod client;
 pub mod crds;
 pub mod explain;
