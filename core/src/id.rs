@@ -115,6 +115,21 @@ string_id!(
     |text| is_label(text, 63)
 );
 
+impl GatewayId {
+    const DECLARED: &str = "declared-";
+
+    /// Stands for whichever gateway is found at the `number`th address that a resource declares of a peer: true ids come
+    /// with the first peer sync, and that needs a tunnel.
+    pub fn declared(number: usize) -> Self {
+        Self(format!("{}{number}", Self::DECLARED).into())
+    }
+
+    /// Whether any gateway of the cluster may be meant.
+    pub fn is_declared(&self) -> bool {
+        self.0.starts_with(Self::DECLARED)
+    }
+}
+
 string_id!(
     /// One running sidecar as it registers: what `EndpointSlice.endpoints[].targetRef.name` points to.
     InstanceName, "instance name", "use a DNS label of at most 63 characters (a-z, 0-9, inner hyphens)",

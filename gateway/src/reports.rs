@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tombolo_core::id::{ClusterId, GatewayId};
 use tombolo_core::liveness::Reach;
 use tombolo_leg::discovery::{GatewayDiscovery, LinkStatus, TunnelReport};
 
@@ -61,9 +62,13 @@ fn tunnels(gateway: &Gateway) -> Vec<TunnelReport> {
     });
     let errors = gateway.dial_errors.lock().expect("nothing panics while it notes a dial's error").clone();
     let snapshot = gateway.snapshot();
-    let failing = errors.into_iter().filter(|((cluster, remote), _)| {
-        snapshot.peers.contains_key(cluster) && !linked.contains(&(cluster.clone(), remote.clone()))
-    });
+    let is_linked = |cluster: &ClusterId, remote: &GatewayId| match remote.is_declared() {
+        true => linked.iter().any(|(linked, _)| linked == cluster),
+        false => linked.contains(&(cluster.clone(), remote.clone())),
+    };
+    let failing = errors
+        .into_iter()
+        .filter(|((cluster, remote), _)| snapshot.peers.contains_key(cluster) && !is_linked(cluster, remote));
     let down = failing.map(|((cluster, remote), last_error)| TunnelReport {
         cluster,
         reach: Some(Reach::Dead),

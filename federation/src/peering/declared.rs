@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use tombolo_core::id::{ClusterId, TrustDomain};
+use tombolo_core::id::{ClusterId, GatewayId, TrustDomain};
 use tombolo_core::model::GatewayAddress;
 use tombolo_core::source::declared::{DeclaredPeer, Place};
 use tombolo_core::source::{LocalState, SourceProblem};
@@ -100,11 +100,11 @@ fn record_of(peer: &DeclaredPeer) -> Result<PeerRecord, String> {
     let read = Bundle::from_pem(declared.roots_pem.as_bytes()).map_err(invalid)?;
     let sequence = declared.sequence.max(read.sequence());
     let bundle = Bundle::new(trust_domain.clone(), sequence, read.roots().to_vec()).map_err(invalid)?;
-    // Their true ids come with the first sync.
-    let gateways = peer.gateways.iter().zip(1..).map(|(address, n)| GatewayAddress {
-        gateway: format!("declared-{n}").parse().expect("a constant valid label with a number"),
-        address: address.clone(),
-    });
+    let gateways = peer
+        .gateways
+        .iter()
+        .zip(1..)
+        .map(|(address, number)| GatewayAddress { gateway: GatewayId::declared(number), address: address.clone() });
     Ok(PeerRecord {
         cluster: peer.cluster.clone(),
         trust_domain,

@@ -129,7 +129,12 @@ async fn wait_until_needed(
 ) {
     loop {
         changed.borrow_and_update();
-        let Some(tunnel) = gateway.registry.usable(&destination.cluster, &destination.gateway) else { return };
+        let tunnel = match destination.gateway.is_declared() {
+            // With a tunnel to any gateway the peer says what others it has.
+            true => gateway.registry.usable_with_any(&destination.cluster),
+            false => gateway.registry.usable(&destination.cluster, &destination.gateway),
+        };
+        let Some(tunnel) = tunnel else { return };
         let renewal = if tunnel.dialled_here { Some(renewal_in(&tunnel)) } else { None };
         tokio::select! {
             _ = changed.changed() => {}
@@ -194,7 +199,7 @@ async fn dial(gateway: &Arc<Gateway>, destination: &Destination, address: Socket
     let chain = doorway::peer_chain(&connection);
     let id = tls::identity_of(&chain).map_err(|refusal| refusal.to_string())?;
     let remote = doorway::remote(destination.cluster.clone(), id, chain).map_err(|refusal| refusal.to_string())?;
-    if remote.gateway != destination.gateway {
+    if remote.gateway != destination.gateway && !destination.gateway.is_declared() {
         return Err(format!("the gateway there is {}, not {}", remote.gateway, destination.gateway));
     }
     endpoint::admit(&connection, &settings.limits);

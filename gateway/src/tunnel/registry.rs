@@ -119,6 +119,12 @@ impl Registry {
         self.best(self.0.table.load().get(cluster)?, gateway, UnixTime::now()).cloned()
     }
 
+    /// A usable tunnel with whichever gateway of a peer.
+    pub fn usable_with_any(&self, cluster: &ClusterId) -> Option<Arc<Tunnel>> {
+        let now = UnixTime::now();
+        self.0.table.load().get(cluster)?.iter().find(|tunnel| tunnel.is_usable(now)).cloned()
+    }
+
     /// The tunnel for a new leg: the gateway of the peer that has the fewest, among those not `tried` yet.
     pub fn pick(&self, cluster: &ClusterId, tried: &[u64]) -> Pick {
         let now = UnixTime::now();

@@ -20,6 +20,25 @@ async fn one_dialling_side_is_enough_for_both_to_open_legs() {
 }
 
 #[tokio::test]
+async fn at_a_declared_address_any_gateway_of_the_peer_is_right() {
+    let (east, west, north) = (Cluster::new("east"), Cluster::new("west"), Cluster::new("north"));
+    let mut east_node = Node::start(&east, "gw-e", &[&west]).await;
+    let north_node = Node::start(&north, "gw-n", &[&west]).await;
+    let mut west_node = Node::start(&west, "gw-w", &[&east, &north]).await;
+    east_node.delivers("shop/web", 80, Sidecar::new().await.echo(), &[&west]);
+    west_node.dials_at(&east, "declared-1", east_node.tunnel);
+    west_node.linked(&east).await;
+    echoes(&mut west_node.accepted(WEB).await, "west to east").await;
+    // A gateway of another cluster is never right.
+    west_node.dials_at(&north, "declared-1", east_node.tunnel);
+    let failed =
+        |node: &Node| node.gateway().dial_errors.lock().unwrap().keys().any(|(cluster, _)| *cluster == north.id);
+    eventually("the wrong cluster is refused", || failed(&west_node)).await;
+    assert!(north_node.gateway().registry.all().is_empty());
+    assert_eq!(east_node.gateway().registry.all().len(), 1);
+}
+
+#[tokio::test]
 async fn both_sides_dial_and_settle_on_one_tunnel() {
     let (east, west) = (Cluster::new("east"), Cluster::new("west"));
     let mut east_node = Node::start(&east, "gw-e", &[&west]).await;
