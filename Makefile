@@ -25,6 +25,6 @@ lint: ## Formatting, clippy, docs, unused dependencies, licences and bans
 	@.ci/need cc
 	.ci/lint
 
-bench: ## Side by side with Envoy: chain, memory, failover, demo, stall (one of them: bench/run NAME)
+bench: ## Side by side with Envoy: chain, pair, memory, failover, demo, stall (one of them: bench/run NAME)
 	@.ci/need cc python3 python3-venv
 	bench/run all

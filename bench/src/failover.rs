@@ -1,7 +1,6 @@
 //! The local application dies, or hangs, under load that never stops: which requests fail, and how long
 //! until the other cluster answers all of them. Then whatever else can fail, between two clusters with a link.
 
-mod load;
 mod matrix;
 
 use std::time::{Duration, Instant};
@@ -12,12 +11,12 @@ use serde_json::json;
 
 use crate::Options;
 use crate::apps::App;
-use crate::chain::first_answer;
 use crate::client::Target;
+use crate::compare::first_answer;
 use crate::load::percentile;
 use crate::mesh::{self, Mesh, Setup};
+use crate::open_loop::{Load, Sample};
 use crate::report::{Bar, Figures, Report, Series, Want};
-use load::{Load, Sample};
 
 const RATE: u32 = 200;
 const CONNECTIONS: usize = 20;

@@ -16,8 +16,8 @@ use clap::Args;
 use serde_json::json;
 
 use crate::apps::App;
-use crate::chain::first_answer;
 use crate::client::{Connection, Target};
+use crate::compare::first_answer;
 use crate::mesh::{self, Mesh, Setup};
 
 #[derive(Debug, Args)]

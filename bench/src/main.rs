@@ -4,6 +4,7 @@ mod app;
 mod apps;
 mod chain;
 mod client;
+mod compare;
 mod demo;
 mod envoy;
 mod failover;
@@ -12,6 +13,8 @@ mod layout;
 mod load;
 mod memory;
 mod mesh;
+mod open_loop;
+mod pair;
 mod report;
 mod stall;
 
@@ -33,6 +36,8 @@ struct Cli {
 enum Command {
     /// Throughput, CPU, tail and new connections across two clusters, beside Envoy.
     Chain(Given),
+    /// Throughput, CPU, tail and new connections between two sidecars of one cluster, beside Envoy.
+    Pair(Given),
     /// Resident memory of each role, idle and with a thousand connections.
     Memory(Given),
     /// Requests that fail while an application, a sidecar, a gateway, a link or a cluster does.
@@ -61,6 +66,9 @@ struct Given {
     /// The tombolo binary; without it only the peers are measured.
     #[arg(long)]
     tombolo: Option<PathBuf>,
+    /// Jaeger, which takes the traces of `pair`.
+    #[arg(long)]
+    jaeger: Option<PathBuf>,
     /// The Envoy binary.
     #[arg(long)]
     envoy: Option<PathBuf>,
@@ -84,6 +92,7 @@ struct Given {
 /// What a bench works with.
 struct Options {
     tombolo: Option<PathBuf>,
+    jaeger: Option<PathBuf>,
     envoy: PathBuf,
     runs: usize,
     seconds: u64,
@@ -96,6 +105,7 @@ impl Options {
     fn from(given: Given) -> anyhow::Result<Self> {
         Ok(Self {
             tombolo: given.tombolo,
+            jaeger: given.jaeger,
             envoy: envoy::binary(given.envoy)?,
             runs: given.runs,
             seconds: given.seconds,
@@ -122,6 +132,7 @@ fn main() -> anyhow::Result<()> {
     runtime.block_on(async {
         match cli.command {
             Command::Chain(given) => chain::run(&Options::from(given)?).await,
+            Command::Pair(given) => pair::run(&Options::from(given)?).await,
             Command::Memory(given) => memory::run(&Options::from(given)?).await,
             Command::Failover(given) => failover::run(&Options::from(given)?).await,
             Command::Demo(given) => demo::run(&Options::from(given)?).await,

@@ -7,8 +7,8 @@ use serde_json::json;
 
 use crate::Options;
 use crate::apps::App;
-use crate::chain::first_answer;
 use crate::client::{Connection, Target};
+use crate::compare::first_answer;
 use crate::envoy::{Chain, Envoys};
 use crate::host::resident_mb;
 use crate::mesh::{self, CALLER, FEDERATION, GATEWAY, Mesh, SERVER, Setup, pid};

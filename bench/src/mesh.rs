@@ -96,7 +96,7 @@ async fn peer(east: &Cluster, west: &Cluster) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn start_server(cluster: &mut Cluster, app: SocketAddr) -> anyhow::Result<Announced> {
+pub async fn start_server(cluster: &mut Cluster, app: SocketAddr) -> anyhow::Result<Announced> {
     let serves = |port: u16| {
         json!({
             "service": "bench/echo",
@@ -112,7 +112,7 @@ async fn start_server(cluster: &mut Cluster, app: SocketAddr) -> anyhow::Result<
     cluster.start_sidecar(Sidecar { name: SERVER, workload: "bench/echo", config }).await
 }
 
-async fn start_caller(cluster: &mut Cluster, extra: &Value) -> anyhow::Result<Announced> {
+pub async fn start_caller(cluster: &mut Cluster, extra: &Value) -> anyhow::Result<Announced> {
     let listener = |port: u16| json!({ "listen": "127.0.0.1:0", "to": format!("echo.bench:{port}") });
     let mut config = json!({ "listeners": [listener(HTTP_PORT), listener(TCP_PORT)] });
     if let (Value::Object(config), Value::Object(extra)) = (&mut config, extra) {

@@ -9,8 +9,8 @@ use tokio::net::TcpStream;
 
 use crate::Options;
 use crate::apps::App;
-use crate::chain::first_answer;
 use crate::client::Target;
+use crate::compare::first_answer;
 use crate::host::{ForeignLoad, resident_mb};
 use crate::load::paced;
 use crate::mesh::{self, CALLER, GATEWAY, Mesh, SERVER, Setup, pid};

@@ -4,24 +4,12 @@
 
 mod support;
 
-use std::net::{SocketAddr, TcpListener};
-use std::process::Stdio;
+use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 use support::{World, app, curl, curl_until, link, serve, skip, start_caller, tools, until};
-use tokio::process::{Child, Command};
-
-struct Jaeger {
-    otlp: String,
-    query: SocketAddr,
-    _process: Child,
-}
-
-/// Ports that were free a moment ago: Jaeger can't announce the ones that it would pick.
-fn free_ports<const N: usize>() -> [u16; N] {
-    let held: [TcpListener; N] = std::array::from_fn(|_| TcpListener::bind("127.0.0.1:0").unwrap());
-    held.map(|listener| listener.local_addr().unwrap().port())
-}
+use tokio::process::Command;
+use tombolo_testbed::Jaeger;
 
 async fn jaeger(directory: &std::path::Path) -> Option<Jaeger> {
     let binary = tools().join("jaeger");
@@ -29,32 +17,9 @@ async fn jaeger(directory: &std::path::Path) -> Option<Jaeger> {
         skip("Jaeger (testbed/tools/install builds it with Go)");
         return None;
     }
-    let [otlp, otlp_http, query, query_grpc, admin, sampling_http, sampling_grpc, thrift] = free_ports();
-    let log = std::fs::File::create(directory.join("jaeger.log")).unwrap();
-    let process = Command::new(binary)
-        .arg(format!("--collector.otlp.grpc.host-port=127.0.0.1:{otlp}"))
-        .arg(format!("--collector.otlp.http.host-port=127.0.0.1:{otlp_http}"))
-        .arg(format!("--query.http-server.host-port=127.0.0.1:{query}"))
-        .arg(format!("--query.grpc-server.host-port=127.0.0.1:{query_grpc}"))
-        .arg(format!("--admin.http.host-port=127.0.0.1:{admin}"))
-        .arg(format!("--collector.http-server.host-port=127.0.0.1:{sampling_http}"))
-        .arg(format!("--collector.grpc-server.host-port=127.0.0.1:{sampling_grpc}"))
-        .arg(format!("--http-server.host-port=127.0.0.1:{thrift}"))
-        .args([
-            "--processor.jaeger-compact.server-host-port=127.0.0.1:0",
-            "--processor.jaeger-binary.server-host-port=127.0.0.1:0",
-        ])
-        .args(["--processor.zipkin-compact.server-host-port=127.0.0.1:0"])
-        .env("SPAN_STORAGE_TYPE", "memory")
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let query = SocketAddr::from(([127, 0, 0, 1], query));
-    until("Jaeger to answer", async || ask(query, "/api/services").await).await;
-    Some(Jaeger { otlp: format!("http://127.0.0.1:{otlp}"), query, _process: process })
+    let jaeger = Jaeger::start(&binary, directory).await.unwrap();
+    until("Jaeger to answer", async || ask(jaeger.query, "/api/services").await).await;
+    Some(jaeger)
 }
 
 async fn ask(query: SocketAddr, path: &str) -> Option<Value> {
@@ -84,7 +49,7 @@ fn of_kind<'a>(spans: &'a [Value], kind: &str) -> Option<&'a Value> {
 async fn two_requests_over_one_warm_leg_are_two_whole_traces() {
     let world = World::new().await;
     let Some(jaeger) = jaeger(world.directory.path()).await else { return };
-    let common = json!({ "telemetry": { "otlp": jaeger.otlp } });
+    let common = json!({ "telemetry": { "otlp": format!("http://{}", jaeger.otlp) } });
     let (mut east, mut west) = tokio::join!(
         world.cluster_with("east", common.clone(), json!({})),
         world.cluster_with("west", common.clone(), json!({}))

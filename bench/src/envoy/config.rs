@@ -21,9 +21,24 @@ pub enum Chain {
     Http,
     /// TCP-proxy sidecars, gateways that pass on by SNI without a tunnel.
     SniPassthrough,
+    /// TCP-proxy sidecars without gateways.
+    Pair,
+    /// HTTP-connection-manager sidecars without gateways, which authorize the caller, choose among routes and send a hundredth
+    /// of the traces to this port (OTLP over gRPC).
+    PairHttp { otlp: u16 },
 }
 
-/// Name and configuration of each of the four.
+impl Chain {
+    fn http(self) -> bool {
+        matches!(self, Chain::Http | Chain::PairHttp { .. })
+    }
+
+    fn gateways(self) -> bool {
+        !matches!(self, Chain::Pair | Chain::PairHttp { .. })
+    }
+}
+
+/// Name and configuration of each Envoy.
 pub fn all(
     chain: Chain,
     certificates: &Path,
@@ -32,25 +47,33 @@ pub fn all(
 ) -> anyhow::Result<Vec<(&'static str, Value)>> {
     let tls = Tls { certificates };
     let mut whole = |(listener, cluster): (Value, Value)| -> anyhow::Result<Value> {
+        let mut clusters = vec![cluster];
+        if let Chain::PairHttp { otlp } = chain {
+            clusters.push(self::cluster("otlp", otlp, None, Some(http2())));
+        }
         Ok(json!({
             "admin": { "address": address(free_port()?) },
-            "static_resources": { "listeners": [listener], "clusters": [cluster] },
+            "static_resources": { "listeners": [listener], "clusters": clusters },
         }))
     };
-    Ok(vec![
+    let mut all = vec![
         ("client-sidecar", whole(client_sidecar(chain, &tls, ports))?),
-        ("near-gateway", whole(near_gateway(chain, &tls, ports))?),
-        ("far-gateway", whole(far_gateway(chain, &tls, ports))?),
         ("server-sidecar", whole(server_sidecar(chain, &tls, ports))?),
-    ])
+    ];
+    if chain.gateways() {
+        all.push(("near-gateway", whole(near_gateway(chain, &tls, ports))?));
+        all.push(("far-gateway", whole(far_gateway(chain, &tls, ports))?));
+    }
+    Ok(all)
 }
 
 fn client_sidecar(chain: Chain, tls: &Tls<'_>, ports: Ports) -> (Value, Value) {
-    let http = chain == Chain::Http;
+    let http = chain.http();
+    let next = if chain.gateways() { ports.near_gateway } else { ports.server_sidecar };
     let alpn = if http { "h2" } else { "tcp" };
     let secure = tls.upstream("client-sidecar", SERVER_SIDECAR, alpn, SNI);
-    let inner = cluster("next", ports.near_gateway, Some(secure), http.then(http2));
-    let filter = if http { http_proxy("AUTO", "next") } else { tcp_proxy("next", false) };
+    let inner = cluster("next", next, Some(secure), http.then(http2));
+    let filter = if http { http_proxy("AUTO", chain, "client-sidecar") } else { tcp_proxy("next", false) };
     (listener(ports.client_sidecar, filter, None), inner)
 }
 
@@ -73,9 +96,9 @@ fn far_gateway(chain: Chain, tls: &Tls<'_>, ports: Ports) -> (Value, Value) {
 }
 
 fn server_sidecar(chain: Chain, tls: &Tls<'_>, ports: Ports) -> (Value, Value) {
-    let http = chain == Chain::Http;
+    let http = chain.http();
     let secure = tls.downstream("server-sidecar", CLIENT_SIDECAR, if http { "h2" } else { "tcp" });
-    let filter = if http { http_proxy("HTTP2", "next") } else { tcp_proxy("next", false) };
+    let filter = if http { http_proxy("HTTP2", chain, "server-sidecar") } else { tcp_proxy("next", false) };
     (listener(ports.server_sidecar, filter, Some(secure)), cluster("next", ports.app, None, None))
 }
 
@@ -222,9 +245,41 @@ fn connection_manager(codec: &str, virtual_host: Value, connect: bool) -> Value 
     extension("envoy.filters.network.http_connection_manager", kind, config)
 }
 
-fn http_proxy(codec: &str, cluster: &str) -> Value {
-    let route = json!({ "match": { "prefix": "/" }, "route": { "cluster": cluster, "timeout": "0s" } });
-    connection_manager(codec, json!({ "name": "all", "domains": ["*"], "routes": [route] }), false)
+fn http_proxy(codec: &str, chain: Chain, name: &str) -> Value {
+    let route = |prefix: &str, timeout: &str| json!({ "match": { "prefix": prefix }, "route": { "cluster": "next", "timeout": timeout } });
+    let routes = |routes: Value| json!({ "name": "all", "domains": ["*"], "routes": routes });
+    let Chain::PairHttp { .. } = chain else {
+        return connection_manager(codec, routes(json!([route("/", "0s")])), false);
+    };
+    let mut manager = connection_manager(codec, routes(json!([route("/other", "10s"), route("/", "10s")])), false);
+    let config = &mut manager["typed_config"];
+    // Without an id Envoy can't decide about a trace once for all its hops.
+    config["generate_request_id"] = json!(true);
+    config["tracing"] = tracing(name);
+    if name == "server-sidecar" {
+        let filters = config["http_filters"].as_array_mut().into_iter();
+        filters.for_each(|filters| filters.insert(0, only_the_caller()));
+    }
+    manager
+}
+
+fn tracing(name: &str) -> Value {
+    let kind = "envoy.config.trace.v3.OpenTelemetryConfig";
+    let to = json!({ "envoy_grpc": { "cluster_name": "otlp" }, "timeout": "1s" });
+    json!({
+        "random_sampling": { "value": 1.0 },
+        "provider": extension("envoy.tracers.opentelemetry", kind, json!({ "grpc_service": to, "service_name": name })),
+    })
+}
+
+fn only_the_caller() -> Value {
+    let caller = json!({ "authenticated": { "principal_name": { "exact": CLIENT_SIDECAR } } });
+    let policy = json!({ "permissions": [{ "any": true }], "principals": [caller] });
+    extension(
+        "envoy.filters.http.rbac",
+        "envoy.extensions.filters.http.rbac.v3.RBAC",
+        json!({ "rules": { "action": "ALLOW", "policies": { "caller": policy } } }),
+    )
 }
 
 fn connect_proxy() -> Value {
