@@ -10,6 +10,8 @@ use serde::Serialize;
 /// When to eject, and for how long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OutlierConfig {
+    /// Whether anything ejects at all.
+    pub enabled: bool,
     /// Resets, lost connections and missed deadlines in a row.
     pub failures: u32,
     /// Answers 502, 503 and 504 in a row; 0 for never.
@@ -40,6 +42,7 @@ pub struct OutlierConfig {
 impl Default for OutlierConfig {
     fn default() -> Self {
         Self {
+            enabled: true,
             failures: 3,
             gateway_errors: 5,
             server_errors: 0,
@@ -170,6 +173,21 @@ const FORGIVE_AFTER: Duration = Duration::from_secs(60);
 /// An application that is alive and completes nothing is asked at least this often.
 const PATIENCE_MAX: Duration = Duration::from_secs(30);
 
+/// Answers in a row that take too long next to those of its siblings, before an endpoint is ejected for it.
+pub const SLOW_ANSWERS: u32 = 5;
+/// Nobody is slow below this, however fast the others are.
+const SLOW_AFTER_MIN: Duration = Duration::from_millis(50);
+
+/// From when on an answer counts as slow: `factor` times the median of what answers of the siblings take. Without a
+/// sibling that has answered nothing does.
+pub fn slow_after(factor: u32, siblings: impl IntoIterator<Item = Duration>) -> Duration {
+    let mut siblings: Vec<Duration> = siblings.into_iter().collect();
+    siblings.sort();
+    // Of an even number the lower one: a slow sibling must not excuse another.
+    let median = siblings.get(siblings.len().saturating_sub(1) / 2);
+    median.map_or(Duration::MAX, |median| median.saturating_mul(factor).max(SLOW_AFTER_MIN))
+}
+
 impl Outlier {
     pub fn new(config: OutlierConfig) -> Self {
         Self {
@@ -187,6 +205,17 @@ impl Outlier {
             latency: Latency::default(),
             completed: None,
         }
+    }
+
+    /// Takes in another configuration. Whoever may not be ejected any more is taken back.
+    pub fn set_config(&mut self, config: OutlierConfig, now: Instant) -> Option<OutlierEvent> {
+        self.config = config;
+        (!config.enabled && self.is_ejected()).then(|| self.restore(now))
+    }
+
+    /// Takes in how long the answers of its siblings take, see [`slow_after`].
+    pub fn set_slow_after(&mut self, slow_after: Duration) {
+        self.config.slow_after = slow_after;
     }
 
     pub fn is_ejected(&self) -> bool {
@@ -233,7 +262,7 @@ impl Outlier {
     pub fn handle_outstanding(&mut self, count: u32, oldest: Instant, now: Instant) -> Option<OutlierEvent> {
         let silent_since = self.completed.map_or(oldest, |completed| completed.max(oldest));
         let silent = now.saturating_duration_since(silent_since);
-        if self.state != State::Admitted || count < self.config.hang_outstanding {
+        if self.state != State::Admitted || !self.config.enabled || count < self.config.hang_outstanding {
             return None;
         }
         // An application that is alive and silent, as with requests that wait for news, is asked ever less often.
@@ -315,7 +344,7 @@ impl Outlier {
     }
 
     fn eject(&mut self, reason: EjectReason, elsewhere: Elsewhere, now: Instant) -> Option<OutlierEvent> {
-        if self.is_ejected() || elsewhere == Elsewhere::Nothing {
+        if self.is_ejected() || !self.config.enabled || elsewhere == Elsewhere::Nothing {
             return None;
         }
         let enough = (self.pause() * 2).min(FORGIVE_AFTER);

@@ -113,6 +113,8 @@ pub enum Exhausted {
 pub struct RetryBudget {
     /// Thousandths of a second try, so that sums are exact.
     share: u64,
+    /// What is earned without a request, a second.
+    free: u64,
     tokens: u64,
     filled: Instant,
 }
@@ -126,8 +128,20 @@ const ONE: u64 = 1_000;
 impl RetryBudget {
     /// `share` is the number of second tries that each request earns, 0.2 for one in five.
     pub fn new(share: f64, now: Instant) -> Self {
-        let share = (share.clamp(0.0, 10.0) * ONE as f64) as u64;
-        Self { share, tokens: 10 * FREE_PER_SECOND * ONE, filled: now }
+        Self { share: thousandths(share), free: FREE_PER_SECOND, tokens: 10 * FREE_PER_SECOND * ONE, filled: now }
+    }
+
+    /// Takes in another share; what was saved up stays. Of 0 percent there are no second tries at all.
+    pub fn set_percent(&mut self, percent: u32) {
+        self.set_share(f64::from(percent) / 100.0);
+        if percent == 0 {
+            (self.free, self.tokens) = (0, 0);
+        }
+    }
+
+    /// Takes in another share; what was saved up stays.
+    pub fn set_share(&mut self, share: f64) {
+        (self.share, self.free) = (thousandths(share), FREE_PER_SECOND);
     }
 
     /// A request has come.
@@ -138,16 +152,20 @@ impl RetryBudget {
     /// Takes one second try out, if there is one.
     pub fn withdraw(&mut self, now: Instant) -> bool {
         let elapsed = now.saturating_duration_since(self.filled);
-        // A millisecond earns FREE_PER_SECOND thousandths of a try; what is below one stays for later.
+        // A millisecond earns `free` thousandths of a try; what is below one stays for later.
         let millis = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         self.filled += Duration::from_millis(millis);
-        self.tokens = self.tokens.saturating_add(millis.saturating_mul(FREE_PER_SECOND)).min(TOKENS_MAX);
+        self.tokens = self.tokens.saturating_add(millis.saturating_mul(self.free)).min(TOKENS_MAX);
         let enough = self.tokens >= ONE;
         if enough {
             self.tokens -= ONE;
         }
         enough
     }
+}
+
+fn thousandths(share: f64) -> u64 {
+    (share.clamp(0.0, 10.0) * ONE as f64) as u64
 }
 
 #[cfg(test)]
@@ -210,6 +228,23 @@ mod tests {
         assert_eq!((0..1_000).filter(|_| budget.withdraw(start)).count(), 10);
         let later = start + Duration::from_secs(1);
         assert_eq!((0..1_000).filter(|_| budget.withdraw(later)).count(), 10);
+    }
+
+    #[test]
+    fn a_share_may_change_and_none_is_none() {
+        let start = Instant::now();
+        let mut budget = RetryBudget::new(0.2, start);
+        let taken = |budget: &mut RetryBudget, now| (0..1_000).filter(|_| budget.withdraw(now)).count();
+        assert_eq!(taken(&mut budget, start), 100);
+        budget.set_percent(50);
+        (0..50).for_each(|_| budget.deposit());
+        assert_eq!(taken(&mut budget, start), 25);
+        budget.set_percent(0);
+        (0..50).for_each(|_| budget.deposit());
+        assert_eq!(taken(&mut budget, start + Duration::from_secs(10)), 0);
+        budget.set_share(0.1);
+        (0..50).for_each(|_| budget.deposit());
+        assert_eq!(taken(&mut budget, start + Duration::from_secs(11)), 15);
     }
 
     proptest! {

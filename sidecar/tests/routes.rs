@@ -4,11 +4,15 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::{WEB, World, bounded, share};
+use common::{Far, Mood, WEB, World, bounded, eventually, share};
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
 use tombolo_api::k8s;
 use tombolo_core::model::Origin;
+use tombolo_core::outlier::EjectReason;
 use tombolo_core::policy::set::Policy;
 use tombolo_core::source::declared::Object;
 use tombolo_leg::discovery::{ServiceState, ServiceView};
@@ -252,4 +256,111 @@ async fn the_access_log_has_a_line_for_each_request() {
     let last = lines.last().unwrap();
     assert_eq!((&last["status"], &last["refusal"]), (&403.into(), &"foreign-name".into()), "{last}");
     assert!(!text.contains("secret"), "{text}");
+}
+
+/// Why the endpoints of shop/web are ejected.
+fn ejected(world: &World) -> Vec<EjectReason> {
+    let route = world.outbound.services.known(WEB).unwrap();
+    route.live().targets.iter().filter_map(|target| target.outlier().ejected_for()).collect()
+}
+
+#[tokio::test]
+async fn outlier_detection_ejects_as_the_policy_says() {
+    let strict = format!("{TRAFFIC}  outlierDetection: {{consecutiveGatewayErrors: 1, baseEjectionTime: 20s}}\n");
+    let world = world(&strict).await;
+    assert_eq!(status(&ask(&world, "/bad", "").await), 503);
+    assert_eq!(ejected(&world), [EjectReason::GatewayErrors]);
+    assert!(ask(&world, "/", "").await.contains(WEST));
+    // Once nobody may be ejected, whoever was is taken back, and stays whatever becomes of requests.
+    tell(&world, &format!("{TRAFFIC}  outlierDetection: {{enabled: false}}\n"), true);
+    until(&world, "/", "", |answer| answer.contains(EAST)).await;
+    world.local.feel(Mood::AppDead);
+    for _ in 0..5 {
+        assert!(ask(&world, "/", "").await.contains(WEST), "tried here, and then there");
+    }
+    assert_eq!(ejected(&world), []);
+    // Without the policy who refuses is ejected at once.
+    tell(&world, "", true);
+    let refused = async {
+        while ejected(&world) != [EjectReason::Refused] {
+            ask(&world, "/", "").await;
+        }
+    };
+    bounded(Box::pin(refused)).await;
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_slow_next_to_its_siblings_is_ejected() {
+    let policy = format!(
+        "{TRAFFIC}  loadBalancing: {{algorithm: round-robin}}\n  outlierDetection: {{slowFactor: 3, baseEjectionTime: 20s}}\n"
+    );
+    let world = world(&policy).await;
+    let slow = Far::start("slow", &world.east.source("web"), &world.trust).await;
+    slow.feel(Mood::Takes(150));
+    let endpoints = [("e1", true, Some(world.local.address)), ("e2", true, Some(slow.address))];
+    let shares = vec![share(&world.east, Origin::Local, &endpoints)];
+    let (service, numbers) = ("shop/web".parse().unwrap(), Default::default());
+    let view = ServiceView { service, shares, numbers, policies: policies(&world, &policy) };
+    world.told.say("shop/web", ServiceState::Known(Arc::new(view)));
+    let asking = async {
+        while {
+            ask(&world, "/", "").await;
+            ejected(&world)
+        } != [EjectReason::Slow]
+        {}
+    };
+    bounded(Box::pin(asking)).await;
+    assert!(slow.requests() >= 5, "{}", slow.requests());
+    let before = slow.requests();
+    for _ in 0..10 {
+        assert!(ask(&world, "/", "").await.contains(EAST));
+    }
+    assert_eq!(slow.requests(), before);
+}
+
+#[tokio::test]
+async fn a_retry_budget_of_nothing_leaves_no_further_try() {
+    let policy = |percent| {
+        format!(
+            "{TRAFFIC}  retry: {{attempts: 2, codes: [503], budgetPercent: {percent}}}\n  outlierDetection: {{enabled: false}}\n"
+        )
+    };
+    let world = world(&policy(100)).await;
+    let requests = || world.local.requests() + world.remote.requests();
+    assert_eq!(status(&ask(&world, "/bad", "").await), 503);
+    assert_eq!(requests(), 3);
+    tell(&world, &policy(0), true);
+    let once = async {
+        loop {
+            let before = requests();
+            assert_eq!(status(&ask(&world, "/bad", "").await), 503);
+            if requests() == before + 1 {
+                return;
+            }
+        }
+    };
+    bounded(Box::pin(once)).await;
+    // What the application never got is tried again all the same.
+    world.local.feel(Mood::AppDead);
+    assert!(ask(&world, "/", "").await.contains(WEST));
+}
+
+#[tokio::test]
+async fn warm_legs_are_as_many_as_the_policy_allows() {
+    for (max, wanted) in [(0, 0), (2, 2)] {
+        let world = world(&format!("{TRAFFIC}  warmLegs: {max}\n")).await;
+        let listener = world.listener("web.shop:5432").await;
+        let mut open = Vec::new();
+        for _ in 0..4 {
+            let mut connection = TcpStream::connect(listener).await.unwrap();
+            let mut greeting = [0; 16];
+            bounded(connection.read_exact(&mut greeting)).await.unwrap();
+            assert_eq!(&greeting, b"hello from east\n");
+            open.push(connection);
+        }
+        let route = world.outbound.services.route(&"shop/web".parse().unwrap(), 5432).await.unwrap();
+        let standing = || route.live().targets.iter().map(|target| target.warm.standing()).sum::<usize>();
+        eventually("the warm legs to stand", || standing() == wanted).await;
+        assert!(wanted > 0 || world.local.legs.load(Ordering::SeqCst) == 4, "each connection dialled its own");
+    }
 }

@@ -96,10 +96,11 @@ type Read<S> = (Resource, BTreeSet<ServiceName>, ObjectMeta, S);
 
 fn policy<S, R>(source: &R, kind: Kind) -> Result<Read<S>, R::Error>
 where
-    S: DeserializeOwned + Serialize,
+    S: DeserializeOwned,
     R: Source,
 {
     let Document { metadata, spec: Attached { target_refs }, .. } = source.read()?;
+    // What is wrong in a field is said with its place in the file, which only this way of reading knows.
     let spec = source.read::<Document<S>>()?.spec;
     let resource = resource(kind, &metadata).map_err(|reason| source.refused(reason))?;
     let named = |error: InvalidField| source.refused(format!("{resource}: {}", error.within("spec")));
@@ -107,8 +108,7 @@ where
     if let Some(fields) = written.as_object_mut() {
         fields.remove("targetRefs");
     }
-    let understood = serde_json::to_value(&spec).map_err(|error| source.refused(format!("{resource}: {error}")))?;
-    if let Some(path) = unknown_field(&written, &understood) {
+    if let Some(path) = unknown_field::<S>(written) {
         return Err(named(InvalidField::new(path, "is not a field here; check its spelling")));
     }
     let targets = targets(&resource.namespace, &target_refs).map_err(named)?;
@@ -162,37 +162,26 @@ pub(super) fn bounded<S: Serialize>(spec: &S) -> Result<(), InvalidField> {
     }
 }
 
-/// The path of a field that was written and not understood. Everything that is understood and says anything is
-/// written out again, so that what is missing there was passed over.
-fn unknown_field(written: &Value, understood: &Value) -> Option<String> {
-    let inside = |key: String, rest: String| match rest.as_str() {
-        "" => key,
-        rest if rest.starts_with('[') => format!("{key}{rest}"),
-        rest => format!("{key}.{rest}"),
-    };
-    match (written, understood) {
-        (Value::Object(written), Value::Object(understood)) => {
-            written.iter().find_map(|(key, value)| match understood.get(key) {
-                Some(known) => unknown_field(value, known).map(|rest| inside(key.clone(), rest)),
-                None if says_nothing(value) => None,
-                None => Some(key.clone()),
-            })
-        }
-        (Value::Array(written), Value::Array(understood)) => {
-            let mut pairs = written.iter().zip(understood).enumerate();
-            pairs.find_map(|(at, (value, known))| {
-                unknown_field(value, known).map(|rest| inside(format!("[{at}]"), rest))
-            })
-        }
-        _ => None,
-    }
+/// The path of the first field that was written and is none of `S`, whether it says anything or not.
+fn unknown_field<S: DeserializeOwned>(written: Value) -> Option<String> {
+    let mut first = None;
+    // That it can be read was seen before.
+    let _ = serde_ignored::deserialize::<_, _, S>(written, |path| {
+        first.get_or_insert_with(|| path_of(&path));
+    });
+    first
 }
 
-fn says_nothing(value: &Value) -> bool {
-    match value {
-        Value::Null => true,
-        Value::Array(list) => list.is_empty(),
-        Value::Object(fields) => fields.is_empty(),
-        Value::Bool(_) | Value::Number(_) | Value::String(_) => false,
+/// `rules[1].to[0].path`
+fn path_of(path: &serde_ignored::Path<'_>) -> String {
+    use serde_ignored::Path;
+    match path {
+        Path::Root => String::new(),
+        Path::Seq { parent, index } => format!("{}[{index}]", path_of(parent)),
+        Path::Map { parent, key } => match path_of(parent) {
+            parent if parent.is_empty() => key.clone(),
+            parent => format!("{parent}.{key}"),
+        },
+        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => path_of(parent),
     }
 }

@@ -1,5 +1,6 @@
 use super::*;
 use proptest::prelude::*;
+use tombolo_core::policy::set::Policy;
 use tombolo_core::source::declared::{Object, ServiceType};
 
 const SHOP: &str = "\
@@ -124,6 +125,12 @@ fn what_is_wrong_is_refused_with_line_and_reason() {
             format!("{access}  rules:\n  - from: [{{namespaces: [a]}}]\n  - to: [{{ports: [1], path: [/]}}]\n"),
             1,
             "AccessPolicy shop/web: spec.rules[1].to[0].path: is not a field here",
+        ),
+        (format!("{access}  rule:\n"), 1, "AccessPolicy shop/web: spec.rule: is not a field here"),
+        (
+            format!("{access}  rules: [{{from: [{{namespace: []}}]}}]\n"),
+            1,
+            "AccessPolicy shop/web: spec.rules[0].from[0].namespace: is not a field here",
         ),
         (
             format!("{access}  rules: [{{from: [{{spiffeIds: [x]}}]}}]\n"),
@@ -352,4 +359,40 @@ fn a_route_that_would_do_something_else_than_it_says_is_refused_with_its_field()
     }
     let (_, got) = refused(&HTTP_ROUTE.replace("k8s.io/v1\n", "k8s.io/v9\n"));
     assert!(got.contains("use gateway.networking.k8s.io/v1"), "{got}");
+}
+
+#[test]
+fn a_misspelt_field_that_says_nothing_is_noticed_at_any_depth() {
+    let policy = "apiVersion: tombolo.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: web, namespace: shop}\nspec:\n  targetRefs: [{kind: Service, name: web}]\n";
+    for (fields, path) in [
+        ("retries: {}", "retries"),
+        ("retry: {code: []}", "retry.code"),
+        ("timeouts: {perTries: null}", "timeouts.perTries"),
+        ("loadBalancing: {hashes: {}}", "loadBalancing.hashes"),
+        ("clusters: [{name: east}, {name: west, weights: null}]", "clusters[1].weights"),
+        ("faults: [{abort: {status: 503, percent: null}}]", "faults[0].abort.percent"),
+        ("faults: [{matches: [{header: []}], abort: {status: 503}}]", "faults[0].matches[0].header"),
+    ] {
+        let (_, reason) = refused(&format!("{policy}  {fields}\n"));
+        let want = format!("TrafficPolicy shop/web: spec.{path}: is not a field here");
+        assert!(reason.starts_with(&want), "{fields}: {reason}");
+    }
+}
+
+#[test]
+fn the_examples_of_the_documentation_are_read() {
+    let text = include_str!("../../../docs/policies.md");
+    let examples: Vec<&str> = text.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    let read = |example: &&str| {
+        let documents = documents(example).unwrap_or_else(|wrong| panic!("{wrong:?} in\n{example}"));
+        let kinds = documents.into_iter().map(|document| {
+            match declared(document.resource, &east()).unwrap_or_else(|reason| panic!("{reason} in\n{example}")) {
+                Some(Object::Policy(policy)) => policy.resource().kind.as_str(),
+                other => panic!("{other:?} in\n{example}"),
+            }
+        });
+        kinds.collect::<Vec<_>>().join(" ")
+    };
+    let kinds: Vec<_> = examples.iter().map(read).collect();
+    assert_eq!(kinds, ["AccessPolicy", "TrafficPolicy", "TrafficPolicy", "HTTPRoute"]);
 }

@@ -244,3 +244,36 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_is_slow_is_so_next_to_its_siblings() {
+    let ms = Duration::from_millis;
+    for (factor, siblings, want) in [
+        (3, vec![], Duration::MAX),
+        (3, vec![100], ms(300)),
+        (3, vec![100, 900], ms(300)),
+        (3, vec![900, 200, 100], ms(600)),
+        (10, vec![1, 1, 1], ms(50)),
+    ] {
+        assert_eq!(slow_after(factor, siblings.iter().map(|millis| ms(*millis))), want, "{factor} {siblings:?}");
+    }
+}
+
+#[test]
+fn whoever_may_not_be_ejected_is_taken_back_and_stays() {
+    let now = Instant::now();
+    let mut outlier = Outlier::new(OutlierConfig::default());
+    let refused = |outlier: &mut Outlier| outlier.handle_outcome(Outcome::Refused, Elsewhere::Capacity, now);
+    assert_eq!(refused(&mut outlier), Some(OutlierEvent::Ejected(EjectReason::Refused)));
+    let off = OutlierConfig { enabled: false, ..OutlierConfig::default() };
+    assert_eq!(outlier.set_config(off, now), Some(OutlierEvent::Restored));
+    assert_eq!(refused(&mut outlier), None);
+    (0..50).for_each(|_| {
+        let fast = Outcome::Answered { after: Duration::from_millis(1) };
+        assert_eq!(outlier.handle_outcome(fast, Elsewhere::Capacity, now), None);
+    });
+    let later = now + Duration::from_secs(60);
+    assert_eq!(outlier.handle_outstanding(100, now, later), None, "a hang is not even asked about");
+    assert_eq!(outlier.set_config(OutlierConfig::default(), later), None);
+    assert_eq!(outlier.handle_outstanding(100, now, later), Some(OutlierEvent::Probe));
+}

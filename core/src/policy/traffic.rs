@@ -13,6 +13,7 @@ use super::route::{ATTEMPTS_MAX, WEIGHT_MAX};
 use super::span::Span;
 use super::{InvalidField, Resource};
 use crate::id::{ClusterId, ServiceName};
+use crate::outlier::{self, OutlierConfig};
 
 /// Clusters that one policy may name.
 const CLUSTERS_MAX: usize = 64;
@@ -194,6 +195,24 @@ impl Default for OutlierDetection {
             base_ejection_time: Span::from_millis(500),
             max_ejection_time: Span::from_secs(30),
             hang_detection: true,
+        }
+    }
+}
+
+impl OutlierDetection {
+    /// What acts, where `own` is what acts without a policy. What is slow is for whoever knows the siblings to say.
+    pub fn over(&self, own: OutlierConfig) -> OutlierConfig {
+        OutlierConfig {
+            enabled: self.enabled,
+            failures: self.consecutive_failures,
+            gateway_errors: self.consecutive_gateway_errors,
+            server_errors: self.consecutive_server_errors.unwrap_or(0),
+            slow: if self.slow_factor.is_some() { outlier::SLOW_ANSWERS } else { 0 },
+            slow_after: std::time::Duration::MAX,
+            pause: self.base_ejection_time.duration(),
+            pause_max: self.max_ejection_time.duration(),
+            hang_outstanding: if self.hang_detection { own.hang_outstanding } else { u32::MAX },
+            ..own
         }
     }
 }
@@ -489,6 +508,26 @@ mod tests {
         assert_eq!(policy.consecutive_gateway_errors, acting.gateway_errors);
         assert_eq!(policy.base_ejection_time.duration(), acting.pause);
         assert_eq!(policy.max_ejection_time.duration(), acting.pause_max);
+    }
+
+    #[test]
+    fn outlier_detection_acts_as_it_is_written() {
+        let own = OutlierConfig::default();
+        let over = |json: &str| spec(&format!(r#"{{"outlierDetection": {json}}}"#)).outlier_detection.over(own);
+        let unwritten = OutlierConfig { slow_after: Duration::MAX, ..own };
+        for (json, want) in [
+            ("{}", unwritten),
+            (r#"{"enabled": false}"#, OutlierConfig { enabled: false, ..unwritten }),
+            (r#"{"consecutiveFailures": 7}"#, OutlierConfig { failures: 7, ..unwritten }),
+            (r#"{"consecutiveGatewayErrors": 2}"#, OutlierConfig { gateway_errors: 2, ..unwritten }),
+            (r#"{"consecutiveServerErrors": 4}"#, OutlierConfig { server_errors: 4, ..unwritten }),
+            (r#"{"slowFactor": 3}"#, OutlierConfig { slow: outlier::SLOW_ANSWERS, ..unwritten }),
+            (r#"{"baseEjectionTime": "2s"}"#, OutlierConfig { pause: Duration::from_secs(2), ..unwritten }),
+            (r#"{"maxEjectionTime": "5s"}"#, OutlierConfig { pause_max: Duration::from_secs(5), ..unwritten }),
+            (r#"{"hangDetection": false}"#, OutlierConfig { hang_outstanding: u32::MAX, ..unwritten }),
+        ] {
+            assert_eq!(over(json), want, "{json}");
+        }
     }
 
     #[test]

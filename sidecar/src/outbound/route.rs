@@ -11,9 +11,10 @@ use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 use tombolo_core::id::{ClusterId, EndpointId, InstanceName, Namespace, ServiceName, SpiffeId};
 use tombolo_core::model::{AppProtocol, Origin, SessionAffinity};
-use tombolo_core::outlier::{Elsewhere, Outcome, OutlierConfig, OutlierEvent};
+use tombolo_core::outlier::{self, Elsewhere, Outcome, OutlierConfig, OutlierEvent};
 use tombolo_core::policy::exported;
 use tombolo_core::policy::set::Policy;
+use tombolo_core::policy::traffic::TrafficSpec;
 use tombolo_core::retry::RetryBudget;
 use tombolo_core::routing::{
     self, Balance, ClusterReach, ClusterView, Draw, EndpointKey, EndpointView, Pick, PickReason, Plan, Preferences,
@@ -90,6 +91,14 @@ pub struct Live {
     /// A caller's requests stay with one endpoint.
     affinity: SessionAffinity,
     policies: Option<Arc<Policies>>,
+}
+
+impl Live {
+    /// How much slower than its siblings an endpoint may be, if a policy says so.
+    fn slow_factor(&self) -> Option<u32> {
+        let outlier = &self.policies.as_ref()?.traffic()?.outlier_detection;
+        outlier.slow_factor.filter(|_| outlier.enabled)
+    }
 }
 
 struct Planning {
@@ -261,8 +270,41 @@ impl Route {
         planning.preferences = policy::preferences(preferences(view.as_deref(), self.port), traffic);
         let bounds = traffic.map(|traffic| traffic.circuit_breaker.clone()).unwrap_or_default();
         self.breaker.set(bounds.max_connections, bounds.max_requests, bounds.max_pending_requests);
+        self.bound(traffic, &planning.targets, now);
         planning.view = view;
         self.replan(&mut planning, now);
+    }
+
+    /// Puts in force what a traffic policy says of tries, ejections and warm legs, or what is so without one.
+    fn bound(&self, traffic: Option<&TrafficSpec>, targets: &[Arc<Target>], now: Instant) {
+        let mut budget = lock(&self.budget);
+        match traffic.and_then(|traffic| traffic.retry.budget_percent) {
+            Some(percent) => budget.set_percent(percent),
+            None => budget.set_share(self.around.retry_share),
+        }
+        drop(budget);
+        let own = self.around.outlier;
+        let outlier = traffic.map_or(own, |traffic| traffic.outlier_detection.over(own));
+        let warm_legs = traffic.and_then(|traffic| traffic.warm_legs).map(|legs| legs as usize);
+        for target in targets {
+            target.warm.set_max(warm_legs.unwrap_or(self.around.warm_legs));
+            let event = target.outlier().set_config(outlier, now);
+            if let Some(event) = event {
+                self.announce(target, event, now);
+            }
+        }
+    }
+
+    /// Looks again from when on an answer is slow, where a policy ejects for that.
+    fn compare(&self, live: &Live, now: Instant) {
+        let Some(factor) = live.slow_factor() else { return };
+        for target in &live.targets {
+            let siblings = live.targets.iter().filter(|other| {
+                other.key.cluster == target.key.cluster && !Arc::ptr_eq(other, target) && !other.is_ejected()
+            });
+            let slow_after = outlier::slow_after(factor, siblings.filter_map(|other| other.expected_latency(now)));
+            target.outlier().set_slow_after(slow_after);
+        }
     }
 
     /// Plans again after something that is not discovery changed: reach, an ejection, or time.
@@ -280,6 +322,7 @@ impl Route {
     /// Advances ejections and looks for hangs; returns the endpoints to probe.
     pub fn handle_timeout(&self, now: Instant) -> Vec<Arc<Target>> {
         let live = self.live.load_full();
+        self.compare(&live, now);
         let mut probes = Vec::new();
         for target in &live.targets {
             let elsewhere = elsewhere(&live.plan, &target.key);
@@ -319,10 +362,11 @@ impl Route {
             // Errors often come fast; they must not make an endpoint attractive.
             target.sample(after, now);
         }
+        let live = self.live.load();
         let elsewhere = match outcome {
             // Mostly an answer can't eject, and then nobody need be looked for.
-            Outcome::Answered { .. } if self.around.outlier.slow == 0 => Elsewhere::Nothing,
-            _ => elsewhere(&self.live.load().plan, &target.key),
+            Outcome::Answered { .. } if live.slow_factor().is_none() => Elsewhere::Nothing,
+            _ => elsewhere(&live.plan, &target.key),
         };
         let event = target.outlier().handle_outcome(outcome, elsewhere, now);
         self.changed(target, event, now);

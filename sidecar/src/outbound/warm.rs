@@ -2,10 +2,11 @@
 //!
 //! Each opaque connection takes a leg of its own, whose handshake crosses every gateway and back. So an endpoint
 //! in use keeps a few that were dialled ahead; its application notices nothing of one until OPEN is sent.
-//! There are as many as the last second took, at least one and at most `limits.warmLegs`; none for an endpoint
+//! There are as many as the last second took, at least one and at most `warmLegs` of the service's TrafficPolicy or `limits.warmLegs`; none for an endpoint
 //! that has had no connection for 15 s. A leg dialled with an older SVID or other trust bundles is
 //! closed, as is one that ends at a gateway that drains.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Context;
 use std::time::{Duration, Instant};
@@ -25,7 +26,7 @@ const WARM_FOR: Duration = Duration::from_secs(15);
 
 /// The warm legs of one endpoint.
 pub struct WarmLegs {
-    max: usize,
+    max: AtomicUsize,
     state: Mutex<State>,
 }
 
@@ -48,7 +49,16 @@ struct Warm {
 
 impl WarmLegs {
     pub fn new(max: usize) -> Self {
-        Self { max, state: Mutex::default() }
+        Self { max: AtomicUsize::new(max), state: Mutex::default() }
+    }
+
+    /// There are never more than `max`; what stands above that is closed with the next sweep.
+    pub fn set_max(&self, max: usize) {
+        self.max.store(max, Ordering::Relaxed);
+    }
+
+    fn max(&self) -> usize {
+        self.max.load(Ordering::Relaxed)
     }
 
     /// A connection needs a leg.
@@ -56,7 +66,7 @@ impl WarmLegs {
         let mut state = self.lock();
         state.taken += 1;
         state.used = Some(now);
-        state.wanted = state.wanted.max(state.taken).min(self.max);
+        state.wanted = state.wanted.max(state.taken).min(self.max());
     }
 
     /// A leg that stands, if there is one. Its far end may have gone all the same, which shows when OPEN is
@@ -75,7 +85,7 @@ impl WarmLegs {
     pub fn sweep(&self, stamp: Stamp, now: Instant, is_leaving: impl Fn(&GatewayId) -> bool) {
         let mut state = self.lock();
         let in_use = state.used.is_some_and(|used| now.saturating_duration_since(used) < WARM_FOR);
-        let wanted = if in_use { state.taken.max(1).min(self.max) } else { 0 };
+        let wanted = if in_use { state.taken.max(1).min(self.max()) } else { 0 };
         (state.wanted, state.taken) = (wanted, 0);
         state.legs.truncate(wanted);
         state.legs.retain(|warm| {
