@@ -16,6 +16,7 @@ use tombolo_core::outlier::EjectReason;
 use tombolo_core::policy::set::Policy;
 use tombolo_core::source::declared::Object;
 use tombolo_leg::discovery::{ServiceState, ServiceView};
+use tombolo_runtime::process::Process;
 
 const ROUTE: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web, namespace: shop}\nspec:\n  parentRefs: [{group: '', kind: Service, name: web}]\n";
 const TRAFFIC: &str = "apiVersion: tombolo.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: web, namespace: shop}\nspec:\n  targetRefs: [{kind: Service, name: web}]\n";
@@ -363,4 +364,80 @@ async fn warm_legs_are_as_many_as_the_policy_allows() {
         eventually("the warm legs to stand", || standing() == wanted).await;
         assert!(wanted > 0 || world.local.legs.load(Ordering::SeqCst) == 4, "each connection dialled its own");
     }
+}
+
+fn metric(process: &Process, line: &str) -> u64 {
+    let text = process.metrics.encode();
+    text.lines().find_map(|text| text.strip_prefix(line)?.trim().parse().ok()).unwrap_or(0)
+}
+
+#[tokio::test]
+async fn a_mirror_gets_copies_and_its_answers_are_thrown_away() {
+    let mirror = |percent| {
+        format!(
+            "{ROUTE}  rules:\n  - filters:\n    - type: RequestMirror\n      requestMirror: {{backendRef: {{{IMPORT}, name: canary, port: 80}}, percent: {percent}}}\n    backendRefs: [{{{IMPORT}, name: web, port: 80}}]\n"
+        )
+    };
+    let process = Process::bare("sidecar");
+    let world = World::of("", &process).await;
+    tell(&world, &mirror(100), true);
+    let mirrored =
+        |outcome: &str| metric(&process, &format!("tombolo_outbound_mirrored_total{{outcome=\"{outcome}\"}}"));
+    assert!(ask(&world, "/", "").await.contains(EAST));
+    eventually("the copy", || mirrored("answered") == 1).await;
+    let post = |octets: usize| {
+        let body = "x".repeat(octets);
+        format!(
+            "POST http://{WEB}/count HTTP/1.1\r\nHost: {WEB}\r\nContent-Length: {octets}\r\nConnection: close\r\n\r\n{body}"
+        )
+    };
+    assert!(bounded(world.raw(&post(5000))).await.ends_with("\r\n\r\n4\r\n5000\r\n0\r\n\r\n"));
+    eventually("the copy with its body", || mirrored("answered") == 2).await;
+    // More than is kept is not copied; an answer that is an error, or none at all, is nobody's concern.
+    assert!(bounded(world.raw(&post(100_000))).await.contains("100000"));
+    assert_eq!(mirrored("dropped"), 1);
+    world.remote.feel(Mood::AppDead);
+    assert!(ask(&world, "/", "").await.contains(EAST));
+    eventually("the copy to fail", || mirrored("failed") == 1).await;
+    assert_eq!((world.local.requests(), world.remote.requests()), (4, 2));
+    tell(&world, &mirror(0), true);
+    world.remote.feel(Mood::Well);
+    let quiet = async {
+        loop {
+            let before = mirrored("answered") + mirrored("failed");
+            assert!(ask(&world, "/", "").await.contains(EAST));
+            assert!(ask(&world, "/", "").await.contains(EAST));
+            if mirrored("answered") + mirrored("failed") == before {
+                return;
+            }
+        }
+    };
+    bounded(Box::pin(quiet)).await;
+}
+
+#[tokio::test]
+async fn a_slow_try_is_hedged_where_the_policy_asks_for_it() {
+    let process = Process::bare("sidecar");
+    let world = World::of("", &process).await;
+    let policy = |more: &str| format!("{TRAFFIC}  outlierDetection: {{enabled: false}}\n{more}");
+    let hedges = || metric(&process, "tombolo_outbound_hedges_total");
+    tell(&world, &policy("  hedging: {after: 50ms}\n"), true);
+    assert!(ask(&world, "/", "").await.contains(EAST));
+    assert_eq!(hedges(), 0, "who answers in time is met alone");
+    world.local.feel(Mood::Takes(700));
+    assert!(ask(&world, "/", "").await.contains(WEST));
+    assert_eq!(hedges(), 1);
+    // One that may not be sent twice is not.
+    let post = format!("POST http://{WEB}/ HTTP/1.1\r\nHost: {WEB}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    assert!(bounded(world.raw(&post)).await.contains(EAST));
+    // Both fail or are slow: the one that answers counts, whichever it is.
+    world.remote.feel(Mood::AppDead);
+    assert!(ask(&world, "/", "").await.contains(EAST));
+    assert_eq!(hedges(), 2);
+    world.remote.feel(Mood::Well);
+    tell(&world, &policy("  hedging: {after: 50ms}\n  retry: {budgetPercent: 0}\n"), true);
+    until(&world, "/", "", |answer| answer.contains(EAST)).await;
+    let before = hedges();
+    assert!(ask(&world, "/", "").await.contains(EAST), "the budget pays for none");
+    assert_eq!(hedges(), before);
 }

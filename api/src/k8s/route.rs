@@ -9,8 +9,8 @@ use serde::Deserialize;
 use tombolo_core::id::{ClusterId, Namespace, ServiceName};
 use tombolo_core::policy::matching::{GrpcMatch, HttpMatch};
 use tombolo_core::policy::route::{
-    Backend, Filters, HeaderChange, Parent, PathChange, RULES_MAX, Redirect, RequestMatch, Retry, Rewrite, Route, Rule,
-    Timeouts,
+    Backend, Filters, Fraction, HeaderChange, Mirror, Parent, PathChange, RULES_MAX, Redirect, RequestMatch, Retry,
+    Rewrite, Route, Rule, Timeouts,
 };
 use tombolo_core::policy::set::Policy;
 use tombolo_core::policy::{InvalidField, Kind, Resource};
@@ -107,6 +107,26 @@ struct Filter {
     response_header_modifier: Option<HeaderModifier>,
     request_redirect: Option<WrittenRedirect>,
     url_rewrite: Option<WrittenRewrite>,
+    request_mirror: Option<WrittenMirror>,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct WrittenMirror {
+    backend_ref: BackendRef,
+    percent: Option<u32>,
+    fraction: Option<WrittenFraction>,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+struct WrittenFraction {
+    numerator: u32,
+    #[serde(default = "hundred")]
+    denominator: u32,
+}
+
+fn hundred() -> u32 {
+    100
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -201,6 +221,9 @@ pub(super) fn route<M: Match>(written: WrittenRoute<M>, own: &ClusterId) -> Resu
     Ok(Some(Policy::Route(route.into())))
 }
 
+/// The one filter of which a rule may have several.
+const MIRROR: &str = "RequestMirror";
+
 struct Conversion<'a> {
     resource: Resource,
     own: &'a ClusterId,
@@ -235,7 +258,7 @@ impl Conversion<'_> {
         let rule = Rule {
             name: written.name,
             matches: written.matches.into_iter().map(Into::into).collect(),
-            filters: filters(written.filters)?,
+            filters: self.filters(written.filters)?,
             backends: written.backend_refs.into_iter().enumerate().map(backend).collect::<Result<_, _>>()?,
             timeouts: written.timeouts,
             retry: written.retry,
@@ -251,8 +274,8 @@ impl Conversion<'_> {
             return Err(InvalidField::new("kind", reason));
         }
         let service = self.service(written.namespace.as_ref(), &written.name);
-        let filters = filters(written.filters)?;
-        if filters.rewrite.is_some() || filters.redirect.is_some() {
+        let filters = self.filters(written.filters)?;
+        if filters.rewrite.is_some() || filters.redirect.is_some() || !filters.mirrors.is_empty() {
             return Err(InvalidField::new("filters", "a backend takes header modifiers only"));
         }
         Ok(Backend {
@@ -264,51 +287,73 @@ impl Conversion<'_> {
             response_headers: filters.response_headers,
         })
     }
-}
 
-fn filters(written: Vec<Filter>) -> Result<Filters, InvalidField> {
-    let mut filters = Filters::default();
-    let mut seen: Vec<String> = Vec::new();
-    for (at, filter) in written.into_iter().enumerate() {
-        let at = format!("filters[{at}]");
-        if seen.contains(&filter.kind) {
-            return Err(InvalidField::new(format!("{at}.type"), format!("{} stands here twice", filter.kind)));
+    fn filters(&self, written: Vec<Filter>) -> Result<Filters, InvalidField> {
+        let mut filters = Filters::default();
+        let mut seen: Vec<String> = Vec::new();
+        for (at, filter) in written.into_iter().enumerate() {
+            let at = format!("filters[{at}]");
+            if filter.kind != MIRROR && seen.contains(&filter.kind) {
+                return Err(InvalidField::new(format!("{at}.type"), format!("{} stands here twice", filter.kind)));
+            }
+            seen.push(filter.kind.clone());
+            let missing = |field: &str| InvalidField::new(format!("{at}.{field}"), "is missing");
+            let headers = |field: &str, written: Option<HeaderModifier>| {
+                let changed = header_change(written.ok_or_else(|| missing(field))?);
+                changed.map_err(|error| error.within(field).within(&at))
+            };
+            match filter.kind.as_str() {
+                "RequestHeaderModifier" => {
+                    filters.request_headers = headers("requestHeaderModifier", filter.request_header_modifier)?;
+                }
+                "ResponseHeaderModifier" => {
+                    filters.response_headers = headers("responseHeaderModifier", filter.response_header_modifier)?;
+                }
+                "RequestRedirect" => {
+                    let written = filter.request_redirect.ok_or_else(|| missing("requestRedirect"))?;
+                    let redirect = redirect(written).map_err(|error| error.within("requestRedirect").within(&at));
+                    filters.redirect = Some(redirect?);
+                }
+                "URLRewrite" => {
+                    let written = filter.url_rewrite.ok_or_else(|| missing("urlRewrite"))?;
+                    let path = written.path.map(path).transpose();
+                    let path = path.map_err(|error| error.within("urlRewrite").within(&at))?;
+                    let hostname =
+                        hostname(written.hostname).map_err(|error| error.within("urlRewrite").within(&at))?;
+                    filters.rewrite = Some(Rewrite { hostname, path });
+                }
+                MIRROR => {
+                    let written = filter.request_mirror.ok_or_else(|| missing("requestMirror"))?;
+                    let mirror = self.mirror(written).map_err(|error| error.within("requestMirror").within(&at));
+                    filters.mirrors.push(mirror?);
+                }
+                other => {
+                    let reason = format!(
+                        "{other:?} is not carried; RequestHeaderModifier, ResponseHeaderModifier, RequestRedirect, \
+                         URLRewrite and RequestMirror are"
+                    );
+                    return Err(InvalidField::new(format!("{at}.type"), reason));
+                }
+            }
         }
-        seen.push(filter.kind.clone());
-        let missing = |field: &str| InvalidField::new(format!("{at}.{field}"), "is missing");
-        let headers = |field: &str, written: Option<HeaderModifier>| {
-            let changed = header_change(written.ok_or_else(|| missing(field))?);
-            changed.map_err(|error| error.within(field).within(&at))
-        };
-        match filter.kind.as_str() {
-            "RequestHeaderModifier" => {
-                filters.request_headers = headers("requestHeaderModifier", filter.request_header_modifier)?;
-            }
-            "ResponseHeaderModifier" => {
-                filters.response_headers = headers("responseHeaderModifier", filter.response_header_modifier)?;
-            }
-            "RequestRedirect" => {
-                let written = filter.request_redirect.ok_or_else(|| missing("requestRedirect"))?;
-                let redirect = redirect(written).map_err(|error| error.within("requestRedirect").within(&at));
-                filters.redirect = Some(redirect?);
-            }
-            "URLRewrite" => {
-                let written = filter.url_rewrite.ok_or_else(|| missing("urlRewrite"))?;
-                let path = written.path.map(path).transpose();
-                let path = path.map_err(|error| error.within("urlRewrite").within(&at))?;
-                let hostname = hostname(written.hostname).map_err(|error| error.within("urlRewrite").within(&at))?;
-                filters.rewrite = Some(Rewrite { hostname, path });
-            }
-            other => {
-                let reason = format!(
-                    "{other:?} is not carried; RequestHeaderModifier, ResponseHeaderModifier, RequestRedirect and \
-                     URLRewrite are"
-                );
-                return Err(InvalidField::new(format!("{at}.type"), reason));
-            }
-        }
+        Ok(filters)
     }
-    Ok(filters)
+
+    fn mirror(&self, written: WrittenMirror) -> Result<Mirror, InvalidField> {
+        let backend = self.backend(written.backend_ref).map_err(|error| error.within("backendRef"))?;
+        let fraction = match (written.percent, written.fraction) {
+            (None, None) => Fraction::ALL,
+            (Some(percent), None) if percent <= 100 => Fraction { numerator: percent, denominator: 100 },
+            (Some(percent), None) => {
+                return Err(InvalidField::new("percent", format!("{percent} is not from 0 to 100")));
+            }
+            (None, Some(WrittenFraction { numerator, denominator })) => Fraction { numerator, denominator },
+            (Some(_), Some(_)) => {
+                return Err(InvalidField::new("fraction", "percent stands here too; write one of them"));
+            }
+        };
+        Ok(Mirror { backend, fraction })
+    }
 }
 
 fn header_change(written: HeaderModifier) -> Result<HeaderChange, InvalidField> {

@@ -324,11 +324,7 @@ fn a_route_of_gateways_alone_is_nobodys_affair_here() {
 #[test]
 fn a_route_that_would_do_something_else_than_it_says_is_refused_with_its_field() {
     for (from, to, reason) in [
-        (
-            "type: RequestHeaderModifier,",
-            "type: RequestMirror,",
-            "spec.rules[0].filters[0].type: \"RequestMirror\" is not carried",
-        ),
+        ("type: RequestHeaderModifier,", "type: Polish,", "spec.rules[0].filters[0].type: \"Polish\" is not carried"),
         (
             "requestHeaderModifier: {set",
             "urlRewrite: {set",
@@ -394,5 +390,38 @@ fn the_examples_of_the_documentation_are_read() {
         kinds.collect::<Vec<_>>().join(" ")
     };
     let kinds: Vec<_> = examples.iter().map(read).collect();
-    assert_eq!(kinds, ["AccessPolicy", "TrafficPolicy", "TrafficPolicy", "HTTPRoute"]);
+    assert_eq!(kinds, ["AccessPolicy", "TrafficPolicy", "TrafficPolicy", "HTTPRoute", "HTTPRoute"]);
+}
+
+#[test]
+fn mirrors_are_read_with_their_share() {
+    let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: web, namespace: shop}\nspec:\n  parentRefs: [{group: '', kind: Service, name: web}]\n  rules:\n  - filters:\n";
+    let mirror = |fields: &str| {
+        format!("    - {{type: RequestMirror, requestMirror: {{backendRef: {{name: copy, port: 81}}{fields}}}}}\n")
+    };
+    let text = format!("{route}{}{}{}", mirror(""), mirror(", percent: 5"), mirror(", fraction: {numerator: 1}"));
+    let read = documents(&text).unwrap().remove(0);
+    let Some(Object::Policy(Policy::Route(read))) = declared(read.resource, &east()).unwrap() else { panic!("{text}") };
+    let mirrors = &read.rules[0].filters.mirrors;
+    let shares: Vec<_> =
+        mirrors.iter().map(|mirror| (mirror.fraction.numerator, mirror.fraction.denominator)).collect();
+    assert_eq!(shares, [(1, 1), (5, 100), (1, 100)]);
+    let [first, ..] = mirrors.as_slice() else { panic!() };
+    assert_eq!((first.backend.service.to_string().as_str(), first.backend.port), ("shop/copy", Some(81)));
+    for (wrong, want) in [
+        (mirror(", percent: 101"), "spec.rules[0].filters[0].requestMirror.percent: 101 is not from 0 to 100"),
+        (
+            mirror(", percent: 1, fraction: {numerator: 1}"),
+            "spec.rules[0].filters[0].requestMirror.fraction: percent stands here too",
+        ),
+        (mirror(", fraction: {numerator: 3, denominator: 2}"), "spec.rules[0].filters: a RequestMirror's fraction"),
+        ("    - {type: RequestMirror}\n".to_owned(), "spec.rules[0].filters[0].requestMirror: is missing"),
+        (
+            "    - {type: RequestMirror, requestMirror: {backendRef: {kind: Secret, name: x}}}\n".to_owned(),
+            "spec.rules[0].filters[0].requestMirror.backendRef.kind: \"Secret\" of group",
+        ),
+    ] {
+        let (_, reason) = refused(&format!("{route}{wrong}"));
+        assert!(reason.contains(want), "{wrong}: {reason}");
+    }
 }

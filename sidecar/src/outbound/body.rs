@@ -47,6 +47,22 @@ impl BodySource {
         }
     }
 
+    /// Whether there is nothing to send, now or later.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Request(body) => body.is_empty(),
+            Self::Upgrade(_) => false,
+        }
+    }
+
+    /// All of it, where it was read to its end and is still kept.
+    pub fn whole(&self) -> Option<Bytes> {
+        match self {
+            Self::Request(body) => body.whole(),
+            Self::Upgrade(_) => None,
+        }
+    }
+
     pub fn attempt(&self) -> TryBody {
         match self {
             Self::Request(body) => TryBody::Request(body.attempt()),

@@ -26,6 +26,8 @@ use tombolo_runtime::telemetry::{Kind, Span};
 use super::Outbound;
 use super::body::{BodySource, ResponseBody};
 use super::dial::{Blame, LegFailure};
+use super::hedge::Attempt;
+use super::mirror::Copies;
 use super::policy::{self, Destination, Policies, Retrying, Way};
 use super::refuse::{REFUSAL, Refused, is_grpc};
 use super::replay::RequestBody;
@@ -50,13 +52,13 @@ pub struct Caller {
 }
 
 /// A request that is ready to be tried.
-struct Outgoing<'a> {
+pub(super) struct Outgoing<'a> {
     head: request::Parts,
     body: BodySource,
     idempotent: bool,
     began: Instant,
     /// The session that it belongs to, if the service keeps sessions together.
-    session: Option<u64>,
+    pub(super) session: Option<u64>,
     retrying: Retrying<'a>,
 }
 
@@ -106,6 +108,9 @@ pub(super) struct Failure {
     /// The budget has paid for the next try already.
     pub paid: bool,
 }
+
+/// An answer, over which leg it came, and after how long.
+pub(super) type Once = (Response<RecvBody>, HttpLeg, Duration);
 
 /// The try that was answered.
 struct Answered {
@@ -198,18 +203,27 @@ impl Outbound {
             let value = HeaderValue::from_str(&context.to_string()).expect("hex digits and dashes");
             head.headers.insert(TRACEPARENT, value);
         }
+        let speaks_http2 = version == Version::HTTP_2;
+        let mut copies = Copies::default();
         if let Some((taken, backend)) = &treated.by {
-            policy::change_request(&mut head, taken, backend)?;
+            policy::change_request(&mut head, taken)?;
+            if switching.is_none() {
+                copies = Copies::new(taken, &head, route.port, speaks_http2);
+            }
+            policy::change_for(&mut head, backend);
         }
         let way = treated.way.as_ref().unwrap_or(&route);
-        if version == Version::HTTP_2 && way.app() == AppProtocol::Detect {
+        if speaks_http2 && way.app() == AppProtocol::Detect {
             headers::say_http2(&mut head.headers);
         }
         let idempotent = switching.is_none() && retry::is_idempotent(head.method.as_str());
         let session = treated.session.or_else(|| way.session(caller.address.ip()));
         let outgoing = Outgoing { head, body, idempotent, began, session, retrying: treated.retrying };
-        let trying = self.try_all(way, &outgoing, span.context(), trail);
-        let answered = trying.await.inspect_err(|refused| span.error(refused))?;
+        // What has a body is copied once that was read.
+        let copies = copies.send_bodiless(self, &outgoing.body);
+        let result = self.try_all(way, &outgoing, span.context(), trail).await;
+        copies.send(self, outgoing.body.whole());
+        let answered = result.inspect_err(|refused| span.error(refused))?;
         describe(&mut span, &answered);
         let Answered { mut response, flight, leg, pick, tries } = answered;
         // Of what the far side says in tombolo's name only a refusal counts here.
@@ -312,9 +326,19 @@ impl Outbound {
                 let pause = if again { PAUSE * (1 << (number - 2).min(6)) } else { Duration::ZERO };
                 tokio::time::sleep(pause.max(backoff)).await;
             }
-            let flight = Flight::begin(target.clone(), route.breaker.requests.enter("requests")?);
+            let mut attempt = Attempt::begin(route, target, pick)?;
             let may_leave = || number < schedule.tries && outgoing.is_replayable() && route.may_retry(Instant::now());
-            let result = within(deadline, self.try_once(&target, outgoing, trace, may_leave)).await;
+            let result = match outgoing.hedge_after(number) {
+                None => within(deadline, self.try_once(&attempt.target, outgoing, trace, may_leave)).await,
+                Some(after) => {
+                    let hedged = self.hedged(route, (&mut attempt, after), &tried, outgoing, trace, may_leave);
+                    let result = within(deadline, Box::pin(hedged)).await;
+                    // The one beside may be the one that counts.
+                    trail.tried(route, &attempt.target, attempt.pick, &tried, number);
+                    result
+                }
+            };
+            let Attempt { target, pick, flight } = attempt;
             let failure = match result {
                 Ok((response, _, _))
                     if outgoing.idempotent && number < schedule.tries && is_misdelivered(&response) =>
@@ -366,13 +390,13 @@ impl Outbound {
 
     /// One try: a leg, the request, the head of the response and how long it took. `may_leave` is asked when the
     /// far end seems not to answer any more; where no other try is to be had, going on waiting is the better chance.
-    async fn try_once(
+    pub(super) async fn try_once(
         self: &Arc<Self>,
         target: &Arc<Target>,
         outgoing: &Outgoing<'_>,
         trace: Option<TraceParent>,
         may_leave: impl Fn() -> bool,
-    ) -> Result<(Response<RecvBody>, HttpLeg, Duration), Failure> {
+    ) -> Result<Once, Failure> {
         let mut closed = 0;
         loop {
             let leg = self.dialer.shared(target, trace).await.map_err(not_sent)?;
@@ -409,6 +433,11 @@ impl Outgoing<'_> {
     /// Whether this answer is one that a route or policy has tried again, where that is safe.
     fn is_tried_again(&self, status: StatusCode) -> bool {
         self.retrying.codes.is_some_and(|codes| codes.contains(&status.as_u16())) && self.is_replayable()
+    }
+
+    /// When another try begins beside the one of this number, if that is right.
+    fn hedge_after(&self, number: u32) -> Option<Duration> {
+        self.retrying.hedge_after(number).filter(|_| self.idempotent && self.body.is_empty())
     }
 
     /// Whether it may be sent again although the application may have got it.
@@ -469,7 +498,7 @@ pub(super) fn not_sent(failure: LegFailure) -> Failure {
     Failure { progress: Progress::NotSent, refused: failure.refused, outcome, blame: failure.blame, paid: false }
 }
 
-fn send_failed(error: SendErrorKind, target: &Target) -> Failure {
+pub(super) fn send_failed(error: SendErrorKind, target: &Target) -> Failure {
     let detail = format!("endpoint {} in {}: {error}", target.key.endpoint, target.key.cluster);
     let (progress, refusal, outcome) = match error {
         SendErrorKind::Closed => (Progress::NotSent, Refusal::ConnectionLost, None),
@@ -503,7 +532,7 @@ pub(super) fn no_endpoint(route: &Route) -> Refused {
     Refused::new(Refusal::NoEndpoint, format!("{} port {} has no endpoint in any cluster", route.service, route.port))
 }
 
-fn outcome_of(status: StatusCode, after: Duration) -> Outcome {
+pub(super) fn outcome_of(status: StatusCode, after: Duration) -> Outcome {
     match status {
         StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
             Outcome::GatewayError { after }

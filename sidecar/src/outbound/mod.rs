@@ -4,6 +4,7 @@
 //! - [`services`] knows the services in use, [`route`] picks an endpoint of one port, [`target`] is one of them and
 //!   learns from how tries end (decisions in `tombolo_core::{routing, outlier, retry}`).
 //! - [`question`] says what would become of a request, `trail` what became of one, `access_log` keeps that.
+//! - `hedge` tries beside a slow try, `mirror` sends copies.
 //! - [`dial`] makes legs through [`gateways`], [`pool`] shares them, [`warm`] dials opaque ones ahead, [`upkeep`] tends all of it.
 //!
 //! The names that are accepted, CONNECT included, are `<service>.<namespace>.svc.clusterset.local[:port]`.
@@ -16,8 +17,10 @@ mod detect;
 pub mod dial;
 mod explain;
 pub mod gateways;
+mod hedge;
 pub mod http;
 pub mod listener;
+mod mirror;
 pub mod name;
 pub mod observe;
 mod policy;
@@ -39,7 +42,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tombolo_core::capture::parse_range;
 use tombolo_core::outlier::OutlierConfig;
 use tombolo_core::retry::Schedule;
@@ -67,6 +70,8 @@ pub struct Outbound {
     upkeep: Arc<Notify>,
     schedule: Schedule,
     observed: Observed,
+    /// Room for copies of requests.
+    copies: Arc<Semaphore>,
     tracer: Tracer,
     access_log: Option<AccessLog>,
     /// Whose requests are answered with the way that they took, if they ask.
@@ -117,6 +122,7 @@ impl Outbound {
             upkeep,
             schedule: Schedule { tries: retry.tries, per_try: retry.per_try_timeout, total: retry.deadline },
             observed,
+            copies: Arc::new(Semaphore::new(mirror::COPIES_MAX)),
             tracer: process.tracer.clone(),
             access_log: config.access_log.as_ref().and_then(|log| AccessLog::start(log, &process.metrics)),
             // What is no range was refused with the configuration.

@@ -21,6 +21,9 @@ pub struct Observed {
     retries: Family<RetryLabels, Counter>,
     ejections: Family<EjectionLabels, Counter>,
     detections: Family<DetectionLabels, Counter>,
+    mirrored: Family<MirrorLabels, Counter>,
+    /// Second tries beside a first one that was slow.
+    pub hedges: Counter,
     fallbacks: Fallbacks,
     /// Requests that were answered by another cluster than the one that was tried first.
     pub failovers: Counter,
@@ -51,6 +54,11 @@ struct EjectionLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct DetectionLabels {
     protocol: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MirrorLabels {
+    outcome: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -107,6 +115,11 @@ impl Observed {
                 "tombolo_outbound_detections",
                 "Connections whose protocol was looked for in their first bytes, by what was found",
             ),
+            mirrored: metrics.counters(
+                "tombolo_outbound_mirrored",
+                "Copies of requests, by what became of them: answered, failed, or dropped before they were sent",
+            ),
+            hedges: metrics.counter("tombolo_outbound_hedges", "Second tries beside a first one that was slow"),
             fallbacks: Fallbacks::new(metrics),
             failovers: metrics.counter(
                 "tombolo_outbound_failovers",
@@ -167,6 +180,10 @@ impl Observed {
     pub fn detected(&self, word: Option<&FirstWord>) {
         let protocol = word.map_or("none", FirstWord::name);
         self.detections.get_or_create_owned(&DetectionLabels { protocol }).inc();
+    }
+
+    pub fn mirrored(&self, outcome: &'static str) {
+        self.mirrored.get_or_create_owned(&MirrorLabels { outcome }).inc();
     }
 
     pub fn refused(&self, refusal: Refusal) {

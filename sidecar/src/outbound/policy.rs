@@ -197,19 +197,23 @@ fn said(status: StatusCode, text: String) -> Response<Full<Bytes>> {
     response
 }
 
-/// Changes a request that is fit for a leg as the rule and its backend say.
+/// Changes a request that is fit for a leg as the rule says.
 ///
 /// # Errors
 /// `BadRequest` when what comes out is no request target any more.
-pub fn change_request(head: &mut request::Parts, taken: &Taken<'_>, backend: &Backend) -> Result<(), Refused> {
+pub fn change_request(head: &mut request::Parts, taken: &Taken<'_>) -> Result<(), Refused> {
     if let Some(rewrite) = &taken.rule.filters.rewrite {
         head.uri = rewritten(&head.uri, rewrite, taken.prefix).ok_or_else(|| {
             Refused::new(Refusal::BadRequest, format!("its path can't be rewritten by {}", decided_by(taken)))
         })?;
     }
     change(&mut head.headers, &taken.rule.filters.request_headers);
-    change(&mut head.headers, &backend.request_headers);
     Ok(())
+}
+
+/// Changes it as the backend says that it is sent to.
+pub fn change_for(head: &mut request::Parts, backend: &Backend) {
+    change(&mut head.headers, &backend.request_headers);
 }
 
 /// Changes an answer as the rule and its backend say.
@@ -258,6 +262,8 @@ pub struct Retrying<'a> {
     pub codes: Option<&'a BTreeSet<u16>>,
     /// The least pause before a further try.
     pub backoff: Duration,
+    /// When a second try begins beside the first, if at all.
+    hedge: Option<Duration>,
 }
 
 impl<'a> Retrying<'a> {
@@ -286,7 +292,13 @@ impl<'a> Retrying<'a> {
             schedule,
             codes: codes.filter(|codes| !codes.is_empty()),
             backoff: backoff.unwrap_or_default().duration(),
+            hedge: traffic.and_then(|traffic| traffic.hedging.as_ref()).map(|hedging| hedging.after.duration()),
         }
+    }
+
+    /// When another try begins beside the one of this number, for a request that may be sent twice.
+    pub fn hedge_after(&self, number: u32) -> Option<Duration> {
+        self.hedge.filter(|_| number == 1)
     }
 }
 

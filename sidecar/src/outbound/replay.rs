@@ -49,6 +49,18 @@ impl<B: Body<Data = Bytes> + Unpin> RequestBody<B> {
         }
     }
 
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Self::Empty)
+    }
+
+    /// All of it, where it was read to its end and is still kept; without its trailers.
+    pub fn whole(&self) -> Option<Bytes> {
+        let Self::Kept(tape) = self else { return Some(Bytes::new()) };
+        let tape = lock(tape);
+        let whole = !tape.spent && (tape.ended || tape.source.is_end_stream());
+        whole.then(|| tape.kept.iter().map(Bytes::as_ref).collect::<Vec<&[u8]>>().concat().into())
+    }
+
     /// The body for the next try, from its beginning. The one of the try before ends.
     pub fn attempt(&self) -> Replay<B> {
         match self {
@@ -191,9 +203,10 @@ mod tests {
         let body = RequestBody::new(body(&[b"ab", b"c"], true));
         let mut first = body.attempt();
         assert_eq!(first.frame().await.unwrap().unwrap().into_data().unwrap(), "ab");
-        assert_eq!(body.state(), BodyState::Replayable);
+        assert_eq!((body.state(), body.whole()), (BodyState::Replayable, None));
         assert_eq!(read(body.attempt()).await, (Bytes::from_static(b"abc"), true));
         assert!(first.frame().await.unwrap().is_err(), "the first try may not read on");
+        assert_eq!(body.whole(), Some(Bytes::from_static(b"abc")));
         assert_eq!(read(body.attempt()).await, (Bytes::from_static(b"abc"), true));
     }
 
@@ -208,7 +221,7 @@ mod tests {
         while let Some(frame) = replay.frame().await {
             octets += frame.unwrap().into_data().unwrap().len();
         }
-        assert_eq!((octets, body.state()), (120_000, BodyState::Spent));
+        assert_eq!((octets, body.state(), body.whole()), (120_000, BodyState::Spent, None));
     }
 
     #[tokio::test]
