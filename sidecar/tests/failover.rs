@@ -8,6 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use common::{Far, Mood, WEB, World, bounded, eventually, share};
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
 use tombolo_core::model::Origin;
 use tombolo_core::outlier::Outcome;
 use tombolo_core::refusal::Refusal;
@@ -170,7 +172,7 @@ async fn the_next_gateway_is_tried() {
 async fn a_silent_gateway_is_overtaken_and_remembered() {
     let world = World::with("limits: {connectTimeout: 9s}\n").await;
     // As a stopped process: the kernel accepts, and nobody says anything.
-    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut first = world.gate.as_local("gw-silent");
     first.ingress_address = silent.local_addr().unwrap().to_string();
     let gateways = &world.outbound.gateways;
@@ -244,7 +246,7 @@ async fn legs_are_shared_and_retire_when_the_identity_is_renewed() {
         let proxy = world.proxy;
         tokio::spawn(async move {
             use tokio::io::{AsyncReadExt, AsyncWriteExt};
-            let mut connection = tokio::net::TcpStream::connect(proxy).await.unwrap();
+            let mut connection = TcpStream::connect(proxy).await.unwrap();
             let request = format!("GET http://{WEB}/slow HTTP/1.1\r\nHost: {WEB}\r\nConnection: close\r\n\r\n");
             connection.write_all(request.as_bytes()).await.unwrap();
             let mut answer = String::new();
@@ -264,7 +266,7 @@ async fn a_withdrawn_bundle_ends_what_is_under_way() {
     let world = World::new().await;
     world.tell(false, true);
     bounded(world.get("/")).await;
-    let mut connection = tokio::net::TcpStream::connect(world.proxy).await.unwrap();
+    let mut connection = TcpStream::connect(world.proxy).await.unwrap();
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let request =
         format!("POST http://{WEB}/never HTTP/1.1\r\nHost: {WEB}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
@@ -274,4 +276,83 @@ async fn a_withdrawn_bundle_ends_what_is_under_way() {
     let mut answer = String::new();
     bounded(connection.read_to_string(&mut answer)).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 502 "), "{answer}");
+}
+
+/// Accepts, and says nothing, as a gateway that was stopped.
+async fn silent_gateway(world: &World) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut silent = world.gate.as_local("gw-silent");
+    silent.ingress_address = listener.local_addr().unwrap().to_string();
+    world.outbound.gateways.replace(&[silent]);
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((connection, _)) = listener.accept().await {
+            held.push(connection);
+        }
+    });
+}
+
+/// What `gw-silent` says of the other cluster, taken in as `follow_gateway` does.
+fn says(world: &World, reach: ClusterReach) {
+    let peers = [("west".parse().unwrap(), PeerReach { reach, rtt: None })].into();
+    let lost = world.outbound.gateways.observe(&"gw-silent".parse().unwrap(), false, Some(peers));
+    world.outbound.services.routes().iter().for_each(|route| route.refresh(Instant::now()));
+    world.outbound.gateways.announce(&lost);
+}
+
+#[tokio::test]
+async fn whoever_waits_for_a_leg_leaves_when_the_way_is_lost() {
+    // Nothing but the news ends the dial in the time of this test.
+    let world = std::sync::Arc::new(World::with("limits: {connectTimeout: 60s}\n").await);
+    silent_gateway(&world).await;
+    let listener = world.listener("web.shop:5432").await;
+    says(&world, ClusterReach::Up);
+    world.tell(false, true);
+    let waiting = world.clone();
+    let request = tokio::spawn(async move { waiting.get("/").await });
+    let mut connection = TcpStream::connect(listener).await.unwrap();
+    eventually("both dials", || {
+        let routes = world.outbound.services.routes();
+        let in_flight = |port| {
+            routes
+                .iter()
+                .filter(|route| route.port == port)
+                .flat_map(|route| route.live().targets.clone())
+                .any(|target| target.in_flight() > 0)
+        };
+        in_flight(80) && in_flight(5432)
+    })
+    .await;
+    world.tell(true, true);
+    eventually("the local endpoint", || {
+        world.outbound.services.routes().iter().all(|route| {
+            route.live().plan.clusters.iter().any(|cluster| cluster.share > 0.9 && cluster.cluster.as_str() == "east")
+        })
+    })
+    .await;
+    says(&world, ClusterReach::Suspect);
+    let answer = bounded(request).await.unwrap();
+    assert_eq!(cluster_of(&answer), "east", "{answer}");
+    let mut greeting = [0; 16];
+    bounded(connection.read_exact(&mut greeting)).await.unwrap();
+    assert_eq!(&greeting, b"hello from east\n");
+}
+
+#[tokio::test]
+async fn warm_legs_over_a_lost_way_are_closed() {
+    let world = World::new().await;
+    world.tell(false, true);
+    let listener = world.listener("web.shop:5432").await;
+    let mut connection = TcpStream::connect(listener).await.unwrap();
+    let mut greeting = [0; 16];
+    bounded(connection.read_exact(&mut greeting)).await.unwrap();
+    assert_eq!(&greeting, b"hello from west\n");
+    let route = world.outbound.services.route(&"shop/web".parse().unwrap(), 5432).await.unwrap();
+    let targets = route.live().targets.clone();
+    let standing = || targets.iter().map(|target| target.warm.standing()).sum::<usize>();
+    eventually("a warm leg", || standing() > 0).await;
+    targets.iter().for_each(|target| target.warm.leave(&"gw-other".parse().unwrap()));
+    assert!(standing() > 0);
+    targets.iter().for_each(|target| target.warm.leave(&"gw-east".parse().unwrap()));
+    assert_eq!(standing(), 0);
 }

@@ -215,7 +215,7 @@ async fn who_asks_is_told_what_decided_and_why_the_others_were_passed_over() {
     assert!(!unasked.contains("tombolo-"), "{unasked}");
     // A refusal says what decided as well.
     world.gate.kill();
-    *world.remote.mood.lock().unwrap() = common::Mood::AppDead;
+    *world.remote.mood.lock().unwrap() = Mood::AppDead;
     let refused = until(&world, "/", "tombolo-explain: 1\r\n", |answer| status(answer) == 503).await;
     assert!(refused.contains("tombolo-policy: TrafficPolicy shop/web\r\n"), "{refused}");
 }
@@ -238,7 +238,7 @@ async fn the_access_log_has_a_line_for_each_request() {
     let refused = world.raw("GET http://example.com/ HTTP/1.1\r\nHost: example.com\r\nConnection: close\r\n\r\n");
     assert_eq!(status(&bounded(refused).await), 403);
     let mut text = String::new();
-    common::eventually("every line to be written", || {
+    eventually("every line to be written", || {
         text = std::fs::read_to_string(&file).unwrap();
         text.lines().last().is_some_and(|line| line.contains("foreign-name"))
     })

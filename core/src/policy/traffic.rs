@@ -503,7 +503,7 @@ mod tests {
         assert_eq!(spec("{}"), TrafficSpec::default());
         assert_eq!(TrafficSpec::default().check(), Ok(()));
         // The defaults written here are those that act where there is no policy.
-        let (policy, acting) = (OutlierDetection::default(), crate::outlier::OutlierConfig::default());
+        let (policy, acting) = (OutlierDetection::default(), OutlierConfig::default());
         assert_eq!(policy.consecutive_failures, acting.failures);
         assert_eq!(policy.consecutive_gateway_errors, acting.gateway_errors);
         assert_eq!(policy.base_ejection_time.duration(), acting.pause);

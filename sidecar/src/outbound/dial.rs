@@ -1,5 +1,6 @@
 //! Makes legs: straight to a local endpoint's sidecar, or through the gateways of this cluster in turn.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -194,6 +195,7 @@ impl LegDialer {
             refused: Refused::new(Refusal::NoTunnel, format!("to {cluster}: this cluster has no gateway")),
             blame: Blame::Way,
         };
+        let mut lost = pin!(self.gateways.lost(cluster));
         let mut asked: Vec<Arc<Gateway>> = Vec::new();
         let mut dials = FuturesUnordered::new();
         let mut next = self.gateways.choose(cluster, &tried, rand::random());
@@ -224,10 +226,18 @@ impl LegDialer {
                     next = following;
                 }
                 () = tokio::time::sleep(patience(&asked, cluster)), if overtake => next = following,
+                // Where nobody is asked any more, the last answer says more.
+                () = &mut lost, if !dials.is_empty() => return Err(way_lost(cluster)),
                 else => return Err(last),
             }
         }
     }
+}
+
+/// The way to a cluster broke while somebody waited for something to come over it: another cluster may do.
+pub fn way_lost(cluster: &ClusterId) -> LegFailure {
+    let detail = format!("to {cluster}: its way was lost while a leg was waited for");
+    LegFailure { refused: Refused::new(Refusal::NoTunnel, detail), blame: Blame::Way }
 }
 
 /// How long the gateway that was asked last may be silent before the next one is asked too.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use tokio::sync::watch;
 use tombolo_core::id::{ClusterId, GatewayId};
 use tombolo_core::routing::ClusterReach;
 use tombolo_leg::discovery::LocalGateway;
@@ -39,6 +40,8 @@ pub struct Gateway {
 #[derive(Debug, Clone, Default)]
 pub struct Gateways {
     all: Arc<ArcSwap<Vec<Arc<Gateway>>>>,
+    /// How often each cluster was lost.
+    losses: watch::Sender<BTreeMap<ClusterId, u64>>,
 }
 
 impl Gateways {
@@ -70,6 +73,24 @@ impl Gateways {
             lost.extend(reached.map(|(cluster, _)| cluster).filter(broken).cloned());
         }
         lost
+    }
+
+    /// Tells those who wait for legs to these clusters, which one gateway has lost, where no other reaches them.
+    pub fn announce(&self, lost: &[ClusterId]) {
+        let gone: Vec<_> = lost.iter().filter(|cluster| self.reach(cluster).reach != ClusterReach::Up).collect();
+        if !gone.is_empty() {
+            self.losses.send_modify(|losses| {
+                gone.into_iter().for_each(|cluster| *losses.entry(cluster.clone()).or_default() += 1);
+            });
+        }
+    }
+
+    /// Done when the cluster is lost from now on, not when it was before.
+    pub async fn lost(&self, cluster: &ClusterId) {
+        let mut losses = self.losses.subscribe();
+        let before = losses.borrow_and_update().get(cluster).copied();
+        let lost = losses.wait_for(|losses| losses.get(cluster).copied() != before).await.is_ok();
+        debug_assert!(lost, "the sender is held here");
     }
 
     pub fn is_draining(&self, id: &GatewayId) -> bool {
@@ -206,6 +227,26 @@ mod tests {
         assert_eq!(says(None), []);
         assert_eq!(says(Some(ClusterReach::Up)), []);
         assert_eq!(gateways.observe(&"a".parse().unwrap(), false, Some(BTreeMap::new())), std::slice::from_ref(&west));
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_hears_of_a_loss_that_no_other_gateway_makes_up_for() {
+        let gateways = gateways(&["a", "b"]);
+        let west: ClusterId = "west".parse().unwrap();
+        let mut waiting = Box::pin(gateways.lost(&west));
+        let mut is_told = async || tokio::time::timeout(Duration::from_millis(20), &mut waiting).await.is_ok();
+        say(&gateways, "a", ClusterReach::Up);
+        say(&gateways, "b", ClusterReach::Up);
+        say(&gateways, "a", ClusterReach::Suspect);
+        gateways.announce(std::slice::from_ref(&west));
+        assert!(!is_told().await, "the other one reaches it");
+        say(&gateways, "b", ClusterReach::Suspect);
+        gateways.announce(&["south".parse().unwrap()]);
+        assert!(!is_told().await, "it is another cluster");
+        gateways.announce(std::slice::from_ref(&west));
+        assert!(is_told().await);
+        // What was lost before is no news.
+        assert!(tokio::time::timeout(Duration::from_millis(20), gateways.lost(&west)).await.is_err());
     }
 
     #[test]

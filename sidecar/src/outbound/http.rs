@@ -97,6 +97,29 @@ impl<'r: 't, 't> Treated<'r, 't> {
         let session = traffic.and_then(|traffic| traffic.session(request.headers()));
         Self { way, by, retrying, session }
     }
+
+    /// Changes the head of a request as its rule and its backend say; `copied` says whether a copy of it could be sent.
+    fn change(
+        &self,
+        head: &mut request::Parts,
+        named: &Route,
+        way: &Route,
+        speaks_http2: bool,
+        copied: bool,
+    ) -> Result<Copies, Refused> {
+        let mut copies = Copies::default();
+        if let Some((taken, backend)) = &self.by {
+            policy::change_request(head, taken)?;
+            if copied {
+                copies = Copies::new(taken, head, named.port, speaks_http2);
+            }
+            policy::change_for(head, backend);
+        }
+        if speaks_http2 && way.app() == AppProtocol::Detect {
+            headers::say_http2(&mut head.headers);
+        }
+        Ok(copies)
+    }
 }
 
 /// A try that ended without a response.
@@ -203,19 +226,8 @@ impl Outbound {
             let value = HeaderValue::from_str(&context.to_string()).expect("hex digits and dashes");
             head.headers.insert(TRACEPARENT, value);
         }
-        let speaks_http2 = version == Version::HTTP_2;
-        let mut copies = Copies::default();
-        if let Some((taken, backend)) = &treated.by {
-            policy::change_request(&mut head, taken)?;
-            if switching.is_none() {
-                copies = Copies::new(taken, &head, route.port, speaks_http2);
-            }
-            policy::change_for(&mut head, backend);
-        }
         let way = treated.way.as_ref().unwrap_or(&route);
-        if speaks_http2 && way.app() == AppProtocol::Detect {
-            headers::say_http2(&mut head.headers);
-        }
+        let copies = treated.change(&mut head, &route, way, version == Version::HTTP_2, switching.is_none())?;
         let idempotent = switching.is_none() && retry::is_idempotent(head.method.as_str());
         let session = treated.session.or_else(|| way.session(caller.address.ip()));
         let outgoing = Outgoing { head, body, idempotent, began, session, retrying: treated.retrying };

@@ -22,12 +22,13 @@ use tombolo_leg::opaque::{self, CopyEnd, Open, OpenError};
 use tombolo_runtime::telemetry::{Kind, Span};
 
 use super::body::ResponseBody;
+use super::dial::{Blame, way_lost};
 use super::http::{Caller, Failure, no_endpoint, not_sent, remember};
 use super::observe::Counted;
 use super::refuse::Refused;
 use super::route::Route;
 use super::target::{Flight, Target};
-use super::{Outbound, dial::Blame, explain, warm};
+use super::{Outbound, explain, warm};
 
 /// A leg whose far application has accepted.
 pub struct Opened {
@@ -147,7 +148,7 @@ async fn open_once(
     let message = Open { port: target.port, client_address: Some(caller.address), trace, tracestate: None };
     target.warm.handle_use(Instant::now());
     while let Some(leg) = target.warm.take(outbound.dialer.stamp()) {
-        match open_leg(outbound, leg, &message).await {
+        match open_leg(outbound, target, leg, &message).await? {
             Ok(leg) => {
                 warm::replenish(&outbound.dialer, target);
                 return Ok(leg);
@@ -157,20 +158,31 @@ async fn open_once(
         }
     }
     let leg = outbound.dialer.dial(target, Alpn::Tcp, trace).await.map_err(not_sent)?.leg;
-    let leg = open_leg(outbound, leg, &message).await.map_err(|error| open_failed(target, error))?;
+    let leg = open_leg(outbound, target, leg, &message).await?.map_err(|error| open_failed(target, error))?;
     warm::replenish(&outbound.dialer, target);
     Ok(leg)
 }
 
-async fn open_leg(outbound: &Outbound, mut leg: Leg, message: &Open) -> Result<Leg, OpenError> {
-    match tokio::time::timeout(outbound.connect_timeout, opaque::open(&mut leg.stream, message)).await {
+/// What the far sidecar says to OPEN; a failure when nothing can be heard of it any more.
+async fn open_leg(
+    outbound: &Outbound,
+    target: &Target,
+    mut leg: Leg,
+    message: &Open,
+) -> Result<Result<Leg, OpenError>, Failure> {
+    let answer = tokio::time::timeout(outbound.connect_timeout, opaque::open(&mut leg.stream, message));
+    let answer = tokio::select! {
+        answer = answer => answer,
+        () = outbound.gateways.lost(&target.key.cluster) => return Err(not_sent(way_lost(&target.key.cluster))),
+    };
+    Ok(match answer {
         Ok(answer) => answer.map(|()| leg),
         Err(_) => Err(OpenError {
             refusal: Refusal::Timeout,
             detail: "the far sidecar did not answer in time".to_owned(),
             refused: false,
         }),
-    }
+    })
 }
 
 fn open_failed(target: &Target, OpenError { refusal, detail, .. }: OpenError) -> Failure {

@@ -158,8 +158,10 @@ async fn follow_gateway(outbound: Arc<Outbound>, watch: GatewayWatch) {
         for target in routes.iter().flat_map(|route| route.live().targets.clone()) {
             if target.origin == Origin::Remote && lost.contains(&target.key.cluster) {
                 target.pool.doubt(gateway);
+                target.warm.leave(gateway);
             }
         }
+        outbound.gateways.announce(&lost);
         if state.draining {
             sweep(&outbound, &outbound.services.routes());
         }

@@ -4,7 +4,7 @@
 //! in use keeps a few that were dialled ahead; its application notices nothing of one until OPEN is sent.
 //! There are as many as the last second took, at least one and at most `warmLegs` of the service's TrafficPolicy or `limits.warmLegs`; none for an endpoint
 //! that has had no connection for 15 s. A leg dialled with an older SVID or other trust bundles is
-//! closed, as is one that ends at a gateway that drains.
+//! closed, as is one that ends at a gateway that drains, or that has lost the way.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -96,6 +96,11 @@ impl WarmLegs {
     /// Closes at once what was dialled with anything else than this.
     pub fn keep(&self, stamp: Stamp) {
         self.lock().legs.retain(|warm| warm.stamp == stamp);
+    }
+
+    /// Closes at once what crosses a gateway that says that it does not reach the cluster any more.
+    pub fn leave(&self, gateway: &GatewayId) {
+        self.lock().legs.retain(|warm| warm.gateway.as_ref() != Some(gateway));
     }
 
     pub fn standing(&self) -> usize {
