@@ -271,6 +271,10 @@ impl Authority for Anybody {
     fn policies(&self, _service: &ServiceName) -> Option<Arc<InboundPolicies>> {
         Some(Arc::default())
     }
+
+    fn policies_told(&self) -> tokio::sync::watch::Receiver<()> {
+        tokio::sync::watch::Sender::new(()).subscribe()
+    }
 }
 
 /// A sidecar in west whose inbound connections are captured, called from east over the gateways and by anybody else.

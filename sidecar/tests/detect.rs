@@ -60,6 +60,10 @@ impl Authority for Open {
     fn policies(&self, _service: &ServiceName) -> Option<Arc<InboundPolicies>> {
         Some(Arc::default())
     }
+
+    fn policies_told(&self) -> tokio::sync::watch::Receiver<()> {
+        tokio::sync::watch::Sender::new(()).subscribe()
+    }
 }
 
 fn service(name: &str) -> ServiceName {

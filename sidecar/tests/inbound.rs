@@ -21,7 +21,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::model::AppProtocol;
@@ -42,6 +42,7 @@ use tombolo_sidecar::inbound::{Authority, Inbound, run};
 struct Fixed {
     grants: InboundGrants,
     policies: Policies,
+    told: watch::Sender<()>,
 }
 
 /// What federation has told about callers of shop/web.
@@ -59,6 +60,10 @@ impl Authority for Fixed {
     fn policies(&self, _service: &ServiceName) -> Option<Arc<InboundPolicies>> {
         self.policies.lock().unwrap().clone()
     }
+
+    fn policies_told(&self) -> watch::Receiver<()> {
+        self.told.subscribe()
+    }
 }
 
 /// A sidecar in west in front of one application, called from east.
@@ -67,6 +72,7 @@ struct Sidecar {
     address: SocketAddr,
     process: Process,
     policies: Policies,
+    told: watch::Sender<()>,
     drain: Option<DrainTrigger>,
 }
 
@@ -85,17 +91,18 @@ impl Sidecar {
         let process = Process { drain: watch, ..Process::bare("sidecar") };
         let svid = pair.west.svid(SERVER);
         let policies: Policies = Arc::new(Mutex::new(Some(Arc::default())));
+        let told = watch::Sender::new(());
         let inbound = Inbound::new(
             &services,
             &process,
             &svid,
             &pair.server_trust,
-            Box::new(Fixed { grants, policies: policies.clone() }),
+            Box::new(Fixed { grants, policies: policies.clone(), told: told.clone() }),
         );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(run(listener, inbound));
-        Self { pair, address, process, policies, drain: Some(trigger) }
+        Self { pair, address, process, policies, told, drain: Some(trigger) }
     }
 
     async fn http(&self) -> HttpLeg {
@@ -490,6 +497,31 @@ async fn policies_decide_about_opaque_connections_and_rate_limits_answer_429() {
     // A slow machine earns a token meanwhile, hardly two.
     assert!(statuses.starts_with(&[200, 200, 200]) && statuses.contains(&429), "{statuses:?}");
     assert!(sidecar.refusals(Refusal::RateLimited));
+}
+
+#[tokio::test]
+async fn an_opaque_connection_that_stands_ends_when_a_later_policy_denies_it() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let sidecar = Sidecar::before(listener.local_addr().unwrap(), AppProtocol::Opaque).await;
+    let mut leg = open(&sidecar, 80).await.unwrap();
+    let (mut app, _) = bounded(listener.accept()).await.unwrap();
+    let tell = |specs: &[&str]| {
+        *sidecar.policies.lock().unwrap() = policies(specs, DefaultAccess::Allow);
+        sidecar.told.send_replace(());
+    };
+    let mut octet = [0];
+    // One that still allows it, and one that only audits, leave it alone.
+    for specs in [r#"{"rules": [{"from": [{"serviceAccounts": ["cart"]}]}]}"#, r#"{"mode": "audit", "rules": []}"#] {
+        tell(&[specs]);
+        leg.stream.write_all(b"a").await.unwrap();
+        leg.stream.flush().await.unwrap();
+        assert_eq!(bounded(app.read(&mut octet)).await.unwrap(), 1, "{specs}");
+    }
+    assert!(!sidecar.refusals(Refusal::IdentityDenied));
+    tell(&[r#"{"action": "deny", "rules": [{"from": [{"clusters": ["east"]}]}]}"#]);
+    assert!(bounded(app.read(&mut octet)).await.is_err(), "the application is reset, not ended in order");
+    assert!(bounded(leg.stream.read(&mut octet)).await.is_err(), "and so is the caller");
+    assert!(sidecar.refusals(Refusal::IdentityDenied));
 }
 
 #[tokio::test]

@@ -157,6 +157,10 @@ impl Authority for Open {
     fn policies(&self, _service: &ServiceName) -> Option<Arc<InboundPolicies>> {
         Some(Arc::default())
     }
+
+    fn policies_told(&self) -> tokio::sync::watch::Receiver<()> {
+        tokio::sync::watch::Sender::new(()).subscribe()
+    }
 }
 
 struct Site {

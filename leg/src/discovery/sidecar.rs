@@ -64,6 +64,8 @@ struct State {
     verdicts: watch::Sender<Arc<Verdicts>>,
     grants: ArcSwap<InboundGrants>,
     policies: ArcSwap<ToldPolicies>,
+    /// Marked as changed whenever policies were told.
+    policies_told: watch::Sender<()>,
     addresses: watch::Sender<MeshAddresses>,
     memory: Option<Memory>,
     /// Services that the process before knew, for as long as federation has not answered this one.
@@ -113,6 +115,7 @@ impl SidecarDiscovery {
             verdicts: watch::Sender::default(),
             grants: ArcSwap::default(),
             policies: ArcSwap::default(),
+            policies_told: watch::Sender::default(),
             addresses: watch::Sender::default(),
             memory: federation.memory.clone().map(Memory::new),
             remembered: Mutex::default(),
@@ -192,6 +195,11 @@ impl SidecarDiscovery {
     /// nobody may call then.
     pub fn inbound_policies(&self, service: &ServiceName) -> Option<Arc<InboundPolicies>> {
         self.state.policies.load().of(service)
+    }
+
+    /// Changes whenever policies about callers were told, of whatever service.
+    pub fn inbound_policies_told(&self) -> watch::Receiver<()> {
+        self.state.policies_told.subscribe()
     }
 
     /// Every virtual address of the mesh, as far as it was told; what is there is cheap to clone.
@@ -403,6 +411,7 @@ impl Side for State {
                     told.services.insert(service.clone(), policies.clone());
                     told
                 });
+                self.policies_told.send_replace(());
             }
             Update::InboundGrants(grants) => {
                 self.grants.store(Arc::new(inbound_grants(grants).map_err(refused)?));

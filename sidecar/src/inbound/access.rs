@@ -80,6 +80,28 @@ impl Inbound {
         Ok(app)
     }
 
+    /// Waits until a policy that was told later denies what a leg was admitted for.
+    pub(super) async fn denied_later(&self, leg: &LegIdentity) -> Refusal {
+        let mut told = self.authority.policies_told();
+        let service = &leg.target.service;
+        let client = Client { id: &leg.client_id, cluster: &leg.client_cluster };
+        let asked = Asked { service, port: leg.target.port, http: None };
+        loop {
+            // Told between the admission and now, it counts as well.
+            told.mark_unchanged();
+            let policies = self.authority.policies(service);
+            let denied = policies.filter(|it| !decide(&it.access, &it.defaults, client, asked).is_allowed());
+            if let Some(policies) = denied {
+                let verdict = decide(&policies.access, &policies.defaults, client, asked);
+                tracing::info!(client = %leg.client_id, target = %leg.target, reason = %verdict.reason, "connection closed: a policy denies it now");
+                return Refusal::IdentityDenied;
+            }
+            if told.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// What `admit` would say to such a call, and why; counts and takes nothing. `None` where the port is
     /// not delivered here.
     pub fn explain(

@@ -58,6 +58,8 @@ pub trait Authority: Send + Sync + 'static {
     fn grants(&self) -> Arc<InboundGrants>;
     /// `None` before federation has told what decides about the service's callers: nobody may call then.
     fn policies(&self, service: &ServiceName) -> Option<Arc<InboundPolicies>>;
+    /// Changes whenever the policies of any service may have.
+    fn policies_told(&self) -> watch::Receiver<()>;
 }
 
 /// What discovery says.
@@ -84,6 +86,10 @@ impl Authority for Discovered {
 
     fn policies(&self, service: &ServiceName) -> Option<Arc<InboundPolicies>> {
         self.discovery.inbound_policies(service)
+    }
+
+    fn policies_told(&self) -> watch::Receiver<()> {
+        self.discovery.inbound_policies_told()
     }
 }
 

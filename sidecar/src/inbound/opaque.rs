@@ -57,7 +57,20 @@ async fn deliver(inbound: &Inbound, leg: &mut AcceptedLeg, open: &Open) -> Resul
 
 async fn carry(inbound: &Inbound, mut leg: AcceptedLeg, mut app: super::app::Connection, mut span: Span) {
     let _counted = Counted::new(&inbound.observed.opaque);
-    let Ended { copied, end } = copy_both(&mut leg.stream, &mut app.tcp).await;
+    let ended = tokio::select! {
+        ended = copy_both(&mut leg.stream, &mut app.tcp) => Ok(ended),
+        refusal = inbound.denied_later(&leg.identity) => Err(refusal),
+    };
+    let Ended { copied, end } = match ended {
+        Ok(ended) => ended,
+        Err(refusal) => {
+            inbound.observed.refused(refusal);
+            span.error(refusal);
+            opaque::reset(app.tcp);
+            opaque::reset(leg.stream.into_inner().0);
+            return;
+        }
+    };
     inbound.observed.opaque_octets.inc_by(copied.from_leg + copied.to_leg);
     if span.is_recording() {
         span.attr("tombolo.bytes_in", copied.from_leg);
