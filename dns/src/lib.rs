@@ -8,9 +8,11 @@
 //! - [`message`] reads what has to be known of any message, and no more.
 //! - [`cache`] keeps answers of upstream resolvers for as long as these allow.
 //! - [`upstream`] says who they are, and asks them.
+//! - [`loops`] finds out which of them ask back here.
 //! - [`zone`] makes messages of decisions, [`server`] owns the sockets.
 
 pub mod cache;
+pub mod loops;
 pub mod message;
 pub mod server;
 pub mod upstream;

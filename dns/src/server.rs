@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tombolo_core::dns::{Answer, Known, Subject, answer};
 
 use crate::cache::Cache;
+use crate::loops::Probes;
 use crate::message::{
     Malformed, NOTIMP, NXDOMAIN, Query, REFUSED, SERVFAIL, TYPE_AXFR, TYPE_IXFR, Transport, answer_malformed, rcode,
 };
@@ -52,6 +53,8 @@ pub enum Event {
     Refused,
     /// [`WAITING_MAX`] or [`CONNECTIONS_MAX`] is reached.
     Overloaded,
+    /// A question of this server's own: a resolver asks back here.
+    Looped,
 }
 
 impl Event {
@@ -65,6 +68,7 @@ impl Event {
         Event::Malformed,
         Event::Refused,
         Event::Overloaded,
+        Event::Looped,
     ];
 
     /// Its name in metrics.
@@ -79,6 +83,7 @@ impl Event {
             Event::Malformed => "malformed",
             Event::Refused => "refused",
             Event::Overloaded => "overloaded",
+            Event::Looped => "looped",
         }
     }
 }
@@ -119,6 +124,7 @@ pub struct DnsServer {
     upstreams: Arc<Upstreams>,
     cache: Mutex<Cache>,
     turn: AtomicUsize,
+    probes: Probes,
     observe: Box<dyn Fn(Event) + Send + Sync>,
 }
 
@@ -129,7 +135,16 @@ impl DnsServer {
         observe: impl Fn(Event) + Send + Sync + 'static,
     ) -> Arc<Self> {
         let (cache, turn) = (Mutex::default(), AtomicUsize::new(0));
-        Arc::new(Self { zone, upstreams: upstreams.into(), cache, turn, observe: Box::new(observe) })
+        let (upstreams, probes) = (upstreams.into(), Probes::default());
+        Arc::new(Self { zone, upstreams, cache, turn, probes, observe: Box::new(observe) })
+    }
+
+    pub(crate) fn upstreams(&self) -> &Upstreams {
+        &self.upstreams
+    }
+
+    pub(crate) fn probes(&self) -> &Probes {
+        &self.probes
     }
 
     /// The answer to one message; `None` when it deserves none.
@@ -141,6 +156,10 @@ impl DnsServer {
                 return if malformed == Malformed::Answer { answer_malformed(octets) } else { None };
             }
         };
+        if self.probes.came_back(&query) {
+            (self.observe)(Event::Looped);
+            return Some(query.answer_code(REFUSED));
+        }
         match Subject::read(query.labels().into_iter()) {
             Some(subject) => self.answer(&query, &subject, transport).await,
             None => Some(self.relay(&query, transport).await),

@@ -1,5 +1,6 @@
 //! The resolvers that know all other names: who they are, and how they are asked.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -36,6 +37,8 @@ pub struct Upstreams {
     /// The server's own addresses, which it must not ask itself.
     own: Vec<SocketAddr>,
     state: Mutex<State>,
+    /// Those that ask back here.
+    left_out: Mutex<BTreeSet<SocketAddr>>,
 }
 
 #[derive(Debug, Default)]
@@ -49,12 +52,12 @@ impl Upstreams {
     /// These, in this order.
     pub fn fixed(resolvers: &[SocketAddr]) -> Self {
         let state = State { resolvers: resolvers.into(), ..State::default() };
-        Self { file: None, own: Vec::new(), state: Mutex::new(state) }
+        Self { file: None, own: Vec::new(), state: Mutex::new(state), left_out: Mutex::default() }
     }
 
     /// Those that a file in the form of `/etc/resolv.conf` names, as of now.
     pub fn from_file(file: impl Into<PathBuf>) -> Self {
-        Self { file: Some(file.into()), own: Vec::new(), state: Mutex::default() }
+        Self { file: Some(file.into()), own: Vec::new(), state: Mutex::default(), left_out: Mutex::default() }
     }
 
     /// Leaves out of the file's those at which the server listens: it would ask itself for ever.
@@ -87,12 +90,32 @@ impl Upstreams {
         self.own.iter().any(|own| own.port() == address.port() && here(own))
     }
 
+    /// From now on these are not asked.
+    pub fn leave_out(&self, resolvers: BTreeSet<SocketAddr>) {
+        *self.left_out.lock().unwrap_or_else(PoisonError::into_inner) = resolvers;
+    }
+
+    /// Asks one resolver, whatever it answers.
+    pub(crate) async fn probe(&self, resolver: SocketAddr, query: &Query<'_>) {
+        match timeout(UDP_WAIT, over_udp(resolver, query)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::debug!(%resolver, %error, "a resolver does not answer"),
+            Err(_) => tracing::debug!(%resolver, "a resolver does not answer in time"),
+        }
+    }
+
+    fn asked(&self) -> Vec<SocketAddr> {
+        let resolvers = self.resolvers(Instant::now());
+        let left_out = self.left_out.lock().unwrap_or_else(PoisonError::into_inner);
+        resolvers.iter().filter(|resolver| !left_out.contains(resolver)).copied().collect()
+    }
+
     /// The answer of the first resolver that has one; `None` when none has.
     pub async fn ask(&self, query: &Query<'_>, transport: Transport) -> Option<Vec<u8>> {
-        let resolvers = self.resolvers(Instant::now());
+        let resolvers = self.asked();
         let mut poor = None;
         let asking = async {
-            for resolver in std::iter::repeat_n(&*resolvers, ROUNDS).flatten() {
+            for resolver in std::iter::repeat_n(&resolvers, ROUNDS).flatten() {
                 let answer = match transport {
                     Transport::Udp => timeout(UDP_WAIT, over_udp(*resolver, query)).await,
                     Transport::Tcp => timeout(TCP_WAIT, over_tcp(*resolver, query)).await,

@@ -57,20 +57,24 @@ impl Zone for Shop {
 struct Running {
     address: SocketAddr,
     events: Arc<Mutex<Vec<Event>>>,
+    server: Arc<DnsServer>,
     _stop: DropGuard,
 }
 
 impl Running {
     async fn start(upstreams: &[SocketAddr]) -> Self {
-        let sockets = Sockets::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        Self::on(Sockets::bind("127.0.0.1:0".parse().unwrap()).await.unwrap(), upstreams)
+    }
+
+    fn on(sockets: Sockets, upstreams: &[SocketAddr]) -> Self {
         let (address, events, stop) =
             (sockets.address(), Arc::<Mutex<Vec<Event>>>::default(), CancellationToken::new());
         let seen = events.clone();
         let server = DnsServer::new(Box::new(Shop), Upstreams::fixed(upstreams), move |event| {
             seen.lock().unwrap().push(event);
         });
-        tokio::spawn(tombolo_dns::run(sockets, server, stop.clone()));
-        Self { address, events, _stop: stop.drop_guard() }
+        tokio::spawn(tombolo_dns::run(sockets, server.clone(), stop.clone()));
+        Self { address, events, server, _stop: stop.drop_guard() }
     }
 
     fn count(&self, event: Event) -> usize {
@@ -425,4 +429,30 @@ async fn connections_are_bounded_and_carry_one_question_after_the_other() {
     // Whoever was there before goes on.
     first.write_all(&web).await.unwrap();
     assert!(timeout(DEADLINE, first.read_u16()).await.unwrap().unwrap() > 12);
+}
+
+#[tokio::test]
+async fn a_resolver_that_asks_back_is_found_and_left_alone() {
+    let free = || Sockets::bind("127.0.0.1:0".parse().unwrap());
+    let (here, there) = (free().await.unwrap(), free().await.unwrap());
+    let (near, far) = (here.address(), there.address());
+    let (near, far) = (Running::on(here, &[far]), Running::on(there, &[near]));
+    for running in [&near, &far] {
+        tokio::spawn(tombolo_dns::loops::watch(running.server.clone(), CancellationToken::new()));
+    }
+    near.until(Event::Looped, 1).await;
+    far.until(Event::Looped, 1).await;
+    // From the moment on at which the finding is acted upon, nothing goes round any more.
+    let failed = async {
+        loop {
+            let before = far.events.lock().unwrap().len();
+            let answer = near.ask(&question(7, "example.com", 1)).await;
+            assert_eq!((answer[0], answer[1], answer[3] & 15), (0, 7, 2), "SERVFAIL");
+            if far.events.lock().unwrap().len() == before {
+                return;
+            }
+        }
+    };
+    timeout(DEADLINE, failed).await.expect("the resolver that asks back is still asked");
+    assert!(near.count(Event::UpstreamFailed) > 0);
 }

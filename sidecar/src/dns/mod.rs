@@ -57,6 +57,7 @@ pub async fn start(
     for sockets in sockets {
         tokio::spawn(tombolo_dns::run(sockets, server.clone(), stop.clone()));
     }
+    tokio::spawn(tombolo_dns::loops::watch(server, stop.clone()));
     let upkeep = tokio::spawn(zone::upkeep(
         zone.clone(),
         process.metrics.gauge("tombolo_dns_services", "Services that are followed because their names were asked for"),
