@@ -61,8 +61,8 @@ impl Authority for Open {
         Some(Arc::default())
     }
 
-    fn policies_told(&self) -> tokio::sync::watch::Receiver<()> {
-        tokio::sync::watch::Sender::new(()).subscribe()
+    fn policies_told(&self) -> watch::Receiver<()> {
+        watch::Sender::new(()).subscribe()
     }
 }
 
