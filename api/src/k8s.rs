@@ -29,9 +29,9 @@ use tombolo_core::policy::set::Policy;
 
 pub use convert::declared;
 pub use crd::definitions;
-pub use read::{DOCUMENTS_MAX, Document, Unreadable, documents};
+pub use read::{DOCUMENTS_MAX, Document, Unreadable, access_policies, documents};
 pub use route::WrittenRoute;
-pub use value::from_value;
+pub use value::{closed_policy, from_value};
 
 pub const MULTICLUSTER_GROUP: &str = "multicluster.x-k8s.io";
 pub const GATEWAY_GROUP: &str = "gateway.networking.k8s.io";

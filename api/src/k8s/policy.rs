@@ -79,6 +79,29 @@ pub(super) fn access<R: Source>(source: &R) -> Result<Policy, R::Error> {
     Ok(Policy::Access(AccessPolicy { resource, targets, spec }.into()))
 }
 
+/// What stands in the place of an `AccessPolicy` that can't be read, while nothing better is known of it: it refuses every caller
+/// of the services that are named, or of all of the namespace where that can't be told. `None` if it would only audit, or if
+/// not even its name can be read.
+pub(super) fn closed<R: Source>(source: &R) -> Option<Policy> {
+    let Anything { metadata, spec } = source.read().ok()?;
+    if spec.get("mode").is_some_and(|mode| mode == "audit") {
+        return None;
+    }
+    let resource = resource(Kind::AccessPolicy, &metadata).ok()?;
+    let named = |reference: &Value| ServiceName::new(resource.namespace.clone(), reference.get("name")?.as_str()?).ok();
+    let references = spec.get("targetRefs").and_then(Value::as_array);
+    let targets: Option<BTreeSet<_>> = references.and_then(|references| references.iter().map(named).collect());
+    let targets = targets.unwrap_or_default();
+    Some(Policy::Access(AccessPolicy { resource, targets, spec: AccessSpec::closed() }.into()))
+}
+
+#[derive(Deserialize)]
+struct Anything {
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Value,
+}
+
 /// Reads a `TrafficPolicy`.
 pub(super) fn traffic<R: Source>(source: &R) -> Result<Policy, R::Error> {
     let (resource, targets, metadata, spec) = policy::<TrafficSpec, R>(source, Kind::TrafficPolicy)?;

@@ -51,6 +51,17 @@ pub fn documents(text: &str) -> Result<Vec<Document>, Vec<Unreadable>> {
     if wrong.is_empty() { Ok(read) } else { Err(wrong) }
 }
 
+/// The AccessPolicies of a file that is refused, while nothing better is known of it: in the place of one that can't be read stands
+/// one that refuses every caller, so that a mistake opens nothing.
+pub fn access_policies(text: &str) -> Vec<Document> {
+    let policy = |raw: Raw| {
+        let is_access = raw.parse().is_ok_and(|meta: TypeMeta| meta.kind.is_some_and(|kind| kind == "AccessPolicy"));
+        let policy = is_access.then(|| policy::access(&raw).ok().or_else(|| policy::closed(&raw))).flatten()?;
+        Some(Document { line: raw.line, resource: Resource::Policy(Box::new(policy)) })
+    };
+    split(text).into_iter().take(DOCUMENTS_MAX).filter_map(policy).collect()
+}
+
 /// One document's text, and the line of its first key.
 struct Raw {
     text: String,

@@ -26,6 +26,12 @@ pub fn from_value(api_version: &str, kind: &str, mut object: Value) -> Result<Op
     }))
 }
 
+/// What stands in the place of an AccessPolicy that can't be read, while nothing better is known of it: it refuses every caller.
+pub fn closed_policy(object: Value) -> Option<Resource> {
+    let policy = policy::closed(&Json { kind: "AccessPolicy", object })?;
+    Some(Resource::Policy(Box::new(policy)))
+}
+
 /// A policy, which is read several times over.
 struct Json<'a> {
     kind: &'a str,

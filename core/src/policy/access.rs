@@ -351,6 +351,11 @@ fn is_ambiguous(path: &str) -> bool {
 }
 
 impl AccessSpec {
+    /// Refuses everybody: what stands in the place of a policy of which nothing better is known.
+    pub fn closed() -> Self {
+        Self { action: AccessAction::Deny, mode: Mode::Enforce, rules: vec![Rule::default()] }
+    }
+
     /// Checks what the fields' own types can't, with the field named from `spec` on.
     ///
     /// # Errors

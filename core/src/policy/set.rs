@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::Resource;
-use super::access::{AccessAction, AccessPolicy, AccessSpec, Mode, Rule};
+use super::access::{AccessPolicy, AccessSpec, Mode};
 use super::route::Route;
 use super::traffic::TrafficPolicy;
 use crate::id::{Namespace, ServiceName};
@@ -88,7 +88,7 @@ impl PolicySet {
 
     /// Refuses every caller of what `policy` selects. Once for each service, however many are left out.
     fn close(&mut self, policy: &AccessPolicy) {
-        let spec = AccessSpec { action: AccessAction::Deny, mode: Mode::Enforce, rules: vec![Rule::default()] };
+        let spec = AccessSpec::closed();
         let closed = |known: &Vec<Policy>| matches!(known.last(), Some(Policy::Access(last)) if last.spec == spec);
         let open = |target: &&ServiceName| !self.of_service.get(*target).is_some_and(closed);
         let targets: BTreeSet<ServiceName> = policy.targets.iter().filter(open).cloned().collect();
@@ -237,8 +237,7 @@ mod tests {
         let delivered = set.delivered(&"shop/web".parse().unwrap());
         assert_eq!(delivered.len(), OF_SERVICE_MAX + 1);
         let Some(Policy::Access(last)) = delivered.last() else { panic!("{delivered:?}") };
-        assert_eq!(last.spec.action, AccessAction::Deny);
-        assert_eq!((last.spec.rules.as_slice(), last.spec.mode), ([Rule::default()].as_slice(), Mode::Enforce));
+        assert_eq!(last.spec, AccessSpec::closed());
         assert!(set.delivered(&"shop/other".parse().unwrap()).is_empty());
     }
 

@@ -47,6 +47,8 @@ struct KnownFile {
     settled: bool,
     emptied: Option<Instant>,
     objects: Vec<Declared>,
+    /// What closes services as long as nothing of the file is in force: its AccessPolicies.
+    closing: Vec<Declared>,
     problems: Vec<SourceProblem>,
 }
 
@@ -106,7 +108,7 @@ impl Directory {
             }
         }
         for file in self.files.values() {
-            reading.objects.extend(file.objects.iter().cloned());
+            reading.objects.extend(file.objects.iter().chain(&file.closing).cloned());
             reading.problems.extend(file.problems.iter().cloned());
             let left = file.emptied.map(|at| (at + EMPTY_AFTER).saturating_duration_since(now));
             reading.again = [reading.again, left].into_iter().flatten().min();
@@ -129,7 +131,10 @@ impl KnownFile {
         }
         match parse(&content, relative, cluster) {
             Ok(objects) => *self = Self { objects, stamp: self.stamp, settled: self.settled, ..Self::default() },
-            Err(wrong) => self.refuse(relative, wrong),
+            Err(wrong) => {
+                self.closing = if self.objects.is_empty() { closing(&content, relative, cluster) } else { Vec::new() };
+                self.refuse(relative, wrong);
+            }
         }
     }
 
@@ -140,7 +145,13 @@ impl KnownFile {
     }
 
     fn reported(&self, reason: &str) -> String {
-        if self.objects.is_empty() { reason.into() } else { format!("{reason} (its last good content stays in force)") }
+        match (self.objects.is_empty(), self.closing.is_empty()) {
+            (true, true) => reason.into(),
+            (true, false) => {
+                format!("{reason} (until it is mended, an AccessPolicy in it that can't be read refuses every caller)")
+            }
+            (false, _) => format!("{reason} (its last good content stays in force)"),
+        }
     }
 }
 
@@ -178,6 +189,15 @@ fn parse(text: &str, relative: &Path, cluster: &ClusterId) -> Result<Vec<Declare
         }
     }
     if wrong.is_empty() { Ok(objects) } else { Err(wrong) }
+}
+
+fn closing(text: &str, relative: &Path, cluster: &ClusterId) -> Vec<Declared> {
+    let file: Arc<str> = relative.to_string_lossy().into();
+    let object = |k8s::Document { line, resource }| {
+        let object = k8s::declared(resource, cluster).ok().flatten()?;
+        Some(Declared { place: Place { file: file.clone(), line }, object })
+    };
+    k8s::access_policies(text).into_iter().filter_map(object).collect()
 }
 
 /// Checks what core can't: that a declared bundle holds roots of the trust domain that it is for.

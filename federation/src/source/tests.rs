@@ -3,6 +3,8 @@ use std::os::unix::fs::symlink;
 use std::time::{Duration, Instant, SystemTime};
 
 use tempfile::TempDir;
+use tombolo_core::policy::access::AccessSpec;
+use tombolo_core::policy::set::Policy;
 use tombolo_core::source::SourceProblem;
 
 use super::*;
@@ -93,6 +95,34 @@ async fn an_edit_takes_effect_at_once_and_a_bad_one_not_at_all() {
 
     fs::remove_file(running.folder.path().join("web.yaml")).unwrap();
     running.until("the removal", |state| state.services.is_empty()).await;
+}
+
+#[tokio::test]
+async fn an_access_policy_that_was_never_good_closes_what_it_names_until_it_is_mended() {
+    let policy = |name: &str, spec: &str| {
+        format!(
+            "---\napiVersion: tombolo.dev/v1alpha1\nkind: AccessPolicy\nmetadata: {{name: {name}, namespace: shop}}\nspec: {spec}\n"
+        )
+    };
+    let web = "targetRefs: [{kind: Service, name: web}]";
+    let broken = policy("web", &format!("{{{web}, rulez: []}}"));
+    let audit = policy("audit", "{mode: audit, rulez: []}");
+    let running = Running::with(&[("access.yaml", &format!("{broken}{audit}"))]).await;
+    let state = running.until("the problem", |state| !state.problems.is_empty()).await;
+    assert!(state.problems[0].reason.contains("refuses every caller"), "{:?}", state.problems);
+    let closes = |state: &LocalState, service: &str| {
+        let delivered = state.policies.delivered(&name(service));
+        delivered.iter().any(|one| matches!(one, Policy::Access(access) if access.spec == AccessSpec::closed()))
+    };
+    assert_eq!((closes(&state, "shop/web"), closes(&state, "shop/db")), (true, false));
+
+    // Whom it is for can't be read either: all of the namespace.
+    running.write("access.yaml", &policy("web", "{targetRefs: web}"));
+    running.until("the namespace to be closed", |state| closes(state, "shop/db")).await;
+
+    running.write("access.yaml", &policy("web", &format!("{{{web}, rules: []}}")));
+    let state = running.until("it to be mended", |state| state.problems.is_empty()).await;
+    assert_eq!((closes(&state, "shop/web"), closes(&state, "shop/db"), state.policies.len()), (false, false, 1));
 }
 
 #[tokio::test]

@@ -89,7 +89,7 @@ impl Held {
         }
         let (object, problem) = match seen.object {
             Ok(object) => (object, None),
-            Err(reason) => (known.and_then(|known| known.object), Some(reason)),
+            Err(reason) => (known.and_then(|known| known.object).or(seen.instead), Some(reason)),
         };
         objects.held.insert(name, Holding { object, problem, created: seen.created, listing });
     }
@@ -175,6 +175,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use tombolo_core::policy::access::AccessSpec;
+    use tombolo_core::policy::set::Policy;
     use tombolo_core::source::declared::DeclaredExport;
 
     fn held() -> Held {
@@ -188,7 +190,7 @@ mod tests {
 
     fn seen(kind: Kind, name: &str, object: Result<Option<Object>, String>) -> Change {
         let created = Some(Timestamp::UNIX_EPOCH);
-        Change::Seen(kind, format!("{}/{name}", kind.name()).into(), Seen { object, created })
+        Change::Seen(kind, format!("{}/{name}", kind.name()).into(), Seen { object, instead: None, created })
     }
 
     fn names(held: &Held) -> Vec<String> {
@@ -254,6 +256,27 @@ mod tests {
         assert_eq!(names(&held), ["ServiceExport/shop/web"]);
         let reasons: Vec<String> = held.problems().into_iter().map(|problem| problem.reason).collect();
         assert_eq!(reasons, ["odd too", "odd"]);
+    }
+
+    #[test]
+    fn an_access_policy_that_was_never_good_is_replaced_by_one_that_refuses_everybody() {
+        let mut held = held();
+        let policy = |spec: serde_json::Value| {
+            let object = serde_json::json!({ "metadata": { "name": "web", "namespace": "shop" }, "spec": spec });
+            let object = serde_json::from_value(object).unwrap();
+            let seen = Seen::of("tombolo.dev/v1alpha1", &"east".parse().unwrap(), Kind::AccessPolicy, object);
+            Change::Seen(Kind::AccessPolicy, "AccessPolicy/shop/web".into(), seen)
+        };
+        let rules = |held: &Held| match &held.objects()[..] {
+            [Declared { object: Object::Policy(Policy::Access(policy)), .. }] => policy.spec.clone(),
+            other => panic!("{other:?}"),
+        };
+        held.handle_change(policy(serde_json::json!({ "rulez": [] })));
+        assert_eq!(rules(&held), AccessSpec::closed());
+        held.handle_change(policy(serde_json::json!({ "rules": [] })));
+        assert_eq!(rules(&held).rules, []);
+        held.handle_change(policy(serde_json::json!({ "rulez": [] })));
+        assert_eq!(rules(&held).rules, [], "its last good content stays in force");
     }
 
     #[test]

@@ -95,6 +95,8 @@ impl Kind {
 pub struct Seen {
     /// What it declares, if that is anybody's affair here, or why it can't be used.
     pub object: Result<Option<Object>, String>,
+    /// What is in force instead of one that can't be used and of which nothing better is known.
+    pub instead: Option<Object>,
     /// `metadata.creationTimestamp`
     pub created: Option<Timestamp>,
 }
@@ -102,21 +104,29 @@ pub struct Seen {
 impl Seen {
     pub fn of(api_version: &str, cluster: &ClusterId, kind: Kind, object: DynamicObject) -> Self {
         let created = object.metadata.creation_timestamp.as_ref().map(|time| time.0);
-        Self { object: declared(api_version, cluster, kind, object), created }
+        let object = match whole(object) {
+            Ok(object) => object,
+            Err(reason) => return Self { object: Err(reason), instead: None, created },
+        };
+        let copy = (kind == Kind::AccessPolicy).then(|| object.clone());
+        let object = declared(api_version, cluster, kind, object);
+        let closed = || k8s::declared(k8s::closed_policy(copy?)?, cluster).ok().flatten();
+        let instead = if object.is_err() { closed() } else { None };
+        Self { object, instead, created }
     }
 }
 
-fn declared(
-    api_version: &str,
-    cluster: &ClusterId,
-    kind: Kind,
-    mut object: DynamicObject,
-) -> Result<Option<Object>, String> {
+/// The object as it was sent, but for who manages which of its fields.
+fn whole(mut object: DynamicObject) -> Result<Value, String> {
     object.metadata.managed_fields = None;
     let metadata = serde_json::to_value(&object.metadata).map_err(|error| error.to_string())?;
     if let Value::Object(fields) = &mut object.data {
         fields.insert("metadata".into(), metadata);
     }
-    let resource = k8s::from_value(api_version, kind.name(), object.data)?;
+    Ok(object.data)
+}
+
+fn declared(api_version: &str, cluster: &ClusterId, kind: Kind, object: Value) -> Result<Option<Object>, String> {
+    let resource = k8s::from_value(api_version, kind.name(), object)?;
     k8s::declared(resource.ok_or_else(|| format!("{api_version} {} is not read", kind.name()))?, cluster)
 }
