@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, Bytes, BytesMut};
 use futures::FutureExt;
 use quinn::{ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError};
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
 use tokio::time::{timeout, timeout_at};
 use tombolo_core::stall::Receiver;
 
@@ -71,7 +73,6 @@ impl LegEnd {
 
 /// What the two directions of one leg share.
 pub struct Pumps<'a> {
-    pub tcp: &'a TcpStream,
     pub meters: &'a Meters,
     pub stalls: &'a Stalls,
     /// The leg ends when no byte has come out of the tunnel within this time.
@@ -86,10 +87,11 @@ pub fn prepare(tcp: &TcpStream) {
 }
 
 /// Carries until both directions have ended or one has failed; then both ends are told.
-pub async fn carry(leg: Pumps<'_>, send: &mut SendStream, recv: &mut RecvStream) -> LegEnd {
+pub async fn carry(leg: Pumps<'_>, tcp: &mut TcpStream, send: &mut SendStream, recv: &mut RecvStream) -> LegEnd {
     // A stop can come while nothing is being written and after the other direction has ended.
     let stopped = send.stopped();
-    let both = async { tokio::try_join!(into_tunnel(&leg, send), out_of_tunnel(&leg, recv)) };
+    let (read, write) = tcp.split();
+    let both = async { tokio::try_join!(into_tunnel(&leg, read, send), out_of_tunnel(&leg, write.as_ref(), recv)) };
     let outcome = tokio::select! {
         biased;
         outcome = both => outcome.map(drop),
@@ -97,7 +99,7 @@ pub async fn carry(leg: Pumps<'_>, send: &mut SendStream, recv: &mut RecvStream)
     };
     let Err(end) = outcome else { return LegEnd::Closed };
     let code = if end == LegEnd::Stalled { stream_code::STALLED } else { stream_code::RESET };
-    abort(leg.tcp, send, recv, code);
+    abort(tcp, send, recv, code);
     end
 }
 
@@ -122,29 +124,30 @@ pub fn reset_tcp(tcp: &TcpStream) {
     let _ = socket2::SockRef::from(tcp).set_linger(Some(Duration::ZERO));
 }
 
-async fn into_tunnel(leg: &Pumps<'_>, send: &mut SendStream) -> Result<(), LegEnd> {
+async fn into_tunnel(leg: &Pumps<'_>, mut tcp: ReadHalf<'_>, send: &mut SendStream) -> Result<(), LegEnd> {
     let mut size = READ_MIN;
     let mut buffer = BytesMut::new();
     loop {
-        leg.tcp.readable().await.map_err(|_| LegEnd::TcpReset)?;
+        tcp.readable().await.map_err(|_| LegEnd::TcpReset)?;
         if buffer.capacity() < READ_MIN {
             buffer = BytesMut::with_capacity(size);
         }
         let room = buffer.capacity();
-        match leg.tcp.try_read_buf(&mut buffer) {
-            Ok(0) => {
+        // Unlike `try_read_buf`, a read that leaves room waits for more without asking the kernel once more.
+        match tcp.read_buf(&mut buffer).now_or_never() {
+            None => buffer = BytesMut::new(),
+            Some(Ok(0)) => {
                 // The far gateway may have stopped the stream; then there is nobody left to tell.
                 let _ = send.finish();
                 return Ok(());
             }
-            Ok(count) => {
+            Some(Ok(count)) => {
                 size = if count == room { (size * 2).min(READ_MAX) } else { size.min(count.max(READ_MIN) * 2) };
                 let chunk = buffer.split().freeze();
                 send.write_chunk(chunk).await.map_err(write_end)?;
                 leg.meters.into_tunnel.inc_by(count as u64);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => buffer = BytesMut::new(),
-            Err(_) => return Err(LegEnd::TcpReset),
+            Some(Err(_)) => return Err(LegEnd::TcpReset),
         }
     }
 }
@@ -166,7 +169,7 @@ fn read_end(error: ReadError) -> LegEnd {
     }
 }
 
-async fn out_of_tunnel(leg: &Pumps<'_>, recv: &mut RecvStream) -> Result<(), LegEnd> {
+async fn out_of_tunnel(leg: &Pumps<'_>, tcp: &TcpStream, recv: &mut RecvStream) -> Result<(), LegEnd> {
     let mut sink = Sink { receiver: leg.stalls.receiver(), charge: None };
     let mut first = leg.first_byte_within;
     loop {
@@ -180,10 +183,10 @@ async fn out_of_tunnel(leg: &Pumps<'_>, recv: &mut RecvStream) -> Result<(), Leg
             }
         };
         match read.map_err(read_end)? {
-            Some(count) => write_all(leg, &mut sink, &mut chunks[..count]).await?,
+            Some(count) => write_all(leg, tcp, &mut sink, &mut chunks[..count]).await?,
             None => {
                 // ENOTCONN when the other side is gone: the up direction will say so.
-                let _ = socket2::SockRef::from(leg.tcp).shutdown(std::net::Shutdown::Write);
+                let _ = socket2::SockRef::from(tcp).shutdown(std::net::Shutdown::Write);
                 return Ok(());
             }
         }
@@ -224,12 +227,12 @@ impl Sink {
     }
 
     /// Waits until TCP takes more; from when it is stalled the wait is charged to the stall budget.
-    async fn writable(&mut self, leg: &Pumps<'_>) -> Result<(), LegEnd> {
+    async fn writable(&mut self, leg: &Pumps<'_>, tcp: &TcpStream) -> Result<(), LegEnd> {
         let now = Instant::now();
         self.receiver.handle_blocked(now);
         let stalls_at = self.receiver.stalls_at().expect("it is blocked");
         if stalls_at > now
-            && let Ok(ready) = timeout_at(stalls_at.into(), leg.tcp.writable()).await
+            && let Ok(ready) = timeout_at(stalls_at.into(), tcp.writable()).await
         {
             return ready.map_err(|_| LegEnd::TcpReset);
         }
@@ -238,25 +241,25 @@ impl Sink {
         tokio::select! {
             biased;
             () = charge.reset() => Err(LegEnd::Stalled),
-            ready = leg.tcp.writable() => ready.map_err(|_| LegEnd::TcpReset),
+            ready = tcp.writable() => ready.map_err(|_| LegEnd::TcpReset),
         }
     }
 }
 
-async fn write_all(leg: &Pumps<'_>, sink: &mut Sink, mut chunks: &mut [Bytes]) -> Result<(), LegEnd> {
+async fn write_all(leg: &Pumps<'_>, tcp: &TcpStream, sink: &mut Sink, mut chunks: &mut [Bytes]) -> Result<(), LegEnd> {
     while !chunks.is_empty() {
         let mut slices = [IoSlice::new(&[]); CHUNKS_MAX];
         for (slice, chunk) in slices.iter_mut().zip(chunks.iter()) {
             *slice = IoSlice::new(chunk);
         }
-        match leg.tcp.try_write_vectored(&slices[..chunks.len()]) {
+        match tcp.try_write_vectored(&slices[..chunks.len()]) {
             Ok(0) => return Err(LegEnd::TcpReset),
             Ok(count) => {
                 leg.meters.out_of_tunnel.inc_by(count as u64);
                 sink.took(count);
                 chunks = advance(chunks, count);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sink.writable(leg).await?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sink.writable(leg, tcp).await?,
             Err(_) => return Err(LegEnd::TcpReset),
         }
     }

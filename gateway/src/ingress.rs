@@ -150,12 +150,11 @@ impl Way {
             }
             Way::Tunnel(mut leg) => {
                 let pumps = copy::Pumps {
-                    tcp: &tcp,
                     meters: &gateway.meters,
                     stalls: &gateway.stalls,
                     first_byte_within: Some(FIRST_BYTE_WITHIN),
                 };
-                copy::carry(pumps, &mut leg.send, &mut leg.recv).await
+                copy::carry(pumps, &mut tcp, &mut leg.send, &mut leg.recv).await
             }
         }
     }

@@ -9,13 +9,13 @@ use aws_lc_rs::hmac;
 use quinn::congestion::{BbrConfig, CubicConfig};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, ServerConfig, TransportConfig,
-    VarInt,
+    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tombolo_trust::atomic;
 
 use super::socket::SplittingSocket;
+use super::udp::QuietSocket;
 use super::unreachable::ErrorQueue;
 use crate::config::{Congestion, LimitsConfig};
 
@@ -87,9 +87,8 @@ pub fn bind(listen: SocketAddr, keys: &EndpointKeys) -> std::io::Result<TunnelSo
     let connection_ids = keys.connection_ids;
     config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(connection_ids)));
     let errors = ErrorQueue::of(&socket)?;
-    let runtime = Arc::new(quinn::TokioRuntime);
-    let socket = SplittingSocket::new(runtime.wrap_udp_socket(socket.into())?);
-    let endpoint = Endpoint::new_with_abstract_socket(config, None, Arc::new(socket), runtime)?;
+    let socket = SplittingSocket::new(QuietSocket::new(socket.into())?);
+    let endpoint = Endpoint::new_with_abstract_socket(config, None, Arc::new(socket), Arc::new(quinn::TokioRuntime))?;
     Ok(TunnelSocket { endpoint, errors })
 }
 

@@ -8,6 +8,7 @@ pub mod endpoint;
 pub mod registry;
 pub mod socket;
 pub mod streams;
+pub mod udp;
 pub mod unreachable;
 
 use quinn::VarInt;

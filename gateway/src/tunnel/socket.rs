@@ -14,6 +14,7 @@ use std::task::{Context, Poll, ready};
 use quinn::udp::{BATCH_SIZE, RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
+use super::udp::QuietSocket;
 use super::unreachable::is_report;
 
 /// The largest run that the kernel hands over.
@@ -22,13 +23,13 @@ const RUN_MAX: usize = 64 * 1024;
 /// Takes runs of datagrams apart.
 #[derive(Debug)]
 pub struct SplittingSocket {
-    inner: Arc<dyn AsyncUdpSocket>,
+    inner: Arc<QuietSocket>,
     runs: Mutex<Runs>,
 }
 
 impl SplittingSocket {
-    pub fn new(inner: Arc<dyn AsyncUdpSocket>) -> Self {
-        Self { inner, runs: Mutex::new(Runs::new()) }
+    pub fn new(inner: QuietSocket) -> Self {
+        Self { inner: Arc::new(inner), runs: Mutex::new(Runs::new()) }
     }
 
     fn runs(&self) -> MutexGuard<'_, Runs> {
@@ -38,7 +39,7 @@ impl SplittingSocket {
 
 impl AsyncUdpSocket for SplittingSocket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.inner.clone().create_io_poller()
+        self.inner.clone().poller()
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
@@ -57,7 +58,7 @@ impl AsyncUdpSocket for SplittingSocket {
             if count > 0 {
                 return Poll::Ready(Ok(count));
             }
-            match ready!(runs.poll_receive(cx, &*self.inner)) {
+            match ready!(runs.poll_receive(cx, &self.inner)) {
                 Err(error) if is_report(&error) => {}
                 received => received?,
             }
@@ -99,7 +100,7 @@ impl Runs {
         }
     }
 
-    fn poll_receive(&mut self, cx: &mut Context<'_>, socket: &dyn AsyncUdpSocket) -> Poll<io::Result<()>> {
+    fn poll_receive(&mut self, cx: &mut Context<'_>, socket: &QuietSocket) -> Poll<io::Result<()>> {
         let mut chunks = self.buffer.chunks_mut(RUN_MAX).map(IoSliceMut::new);
         let mut bufs: [IoSliceMut<'_>; BATCH_SIZE] =
             std::array::from_fn(|_| chunks.next().expect("the buffer holds a chunk for each run"));

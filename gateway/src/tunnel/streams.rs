@@ -145,7 +145,7 @@ pub async fn accept_all(gateway: Arc<Gateway>, tunnel: Arc<Tunnel>) {
 
 async fn serve(gateway: Arc<Gateway>, tunnel: Arc<Tunnel>, mut send: SendStream, mut recv: RecvStream) {
     let _in_use = InUse::new(&tunnel);
-    let leg = match receive(&gateway, &tunnel, &mut recv).await {
+    let mut leg = match receive(&gateway, &tunnel, &mut recv).await {
         Ok(leg) => leg,
         Err(refused) => return refuse(&gateway, &tunnel, send, recv, &refused).await,
     };
@@ -154,9 +154,8 @@ async fn serve(gateway: Arc<Gateway>, tunnel: Arc<Tunnel>, mut send: SendStream,
         return leg.permit.ended(LegEnd::TunnelLost);
     }
     leg.permit.accepted();
-    let pumps =
-        copy::Pumps { tcp: &leg.tcp, meters: &gateway.meters, stalls: &gateway.stalls, first_byte_within: None };
-    let end = copy::carry(pumps, &mut send, &mut recv).await;
+    let pumps = copy::Pumps { meters: &gateway.meters, stalls: &gateway.stalls, first_byte_within: None };
+    let end = copy::carry(pumps, &mut leg.tcp, &mut send, &mut recv).await;
     leg.permit.ended(end);
 }
 

@@ -5,19 +5,20 @@
 //! probed at once, and nothing more.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
 use tokio::io::Interest;
-use tokio::net::UdpSocket;
+use tokio::io::unix::AsyncFd;
 
 use super::registry::Registry;
+use super::udp::register;
 
 /// The queue of errors beside a UDP socket.
 #[derive(Debug)]
-pub struct ErrorQueue(UdpSocket);
+pub struct ErrorQueue(AsyncFd<UdpSocket>);
 
 impl ErrorQueue {
     /// Has the kernel keep what it is told of `socket`'s datagrams. Needs a runtime.
@@ -26,18 +27,17 @@ impl ErrorQueue {
         if socket.local_addr()?.is_ipv6() {
             setsockopt(socket, sockopt::Ipv6RecvErr, &true)?;
         }
-        UdpSocket::from_std(socket.try_clone()?.into()).map(Self)
+        register(socket.try_clone()?.into(), Interest::ERROR).map(Self)
     }
 
     /// To where a datagram went that found nobody.
     async fn next(&self) -> io::Result<SocketAddr> {
         loop {
-            self.0.ready(Interest::ERROR).await?;
-            match self.0.try_io(Interest::ERROR, || read(&self.0)) {
-                Ok(Some(address)) => return Ok(address),
-                Ok(None) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
+            let mut ready = self.0.ready(Interest::ERROR).await?;
+            if let Ok(message) = ready.try_io(|socket| read(socket.get_ref()))
+                && let Some(address) = message?
+            {
+                return Ok(address);
             }
         }
     }

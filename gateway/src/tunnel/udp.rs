@@ -1,0 +1,181 @@
+//! The UDP socket as the kernel sees it, woken by what it waits for and by nothing else.
+//!
+//! The kernel says that a UDP socket can be written to whenever a datagram has left it, so a socket that is registered for
+//! that is woken once more for each datagram that it sends, just when the receiver wants the processor. So this one is
+//! registered for reading; for writing only while a send buffer is full.
+
+use std::io::{self, IoSliceMut};
+use std::net::{SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use quinn::UdpPoller;
+use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Has the runtime wait for this of a socket, and for nothing else.
+#[expect(unsafe_code, reason = "tokio has no safe way to register a socket for one direction")]
+pub fn register(socket: UdpSocket, interest: Interest) -> io::Result<AsyncFd<UdpSocket>> {
+    // SAFETY: a `UdpSocket` owns its descriptor and never changes it; moved into the `AsyncFd`, it is open as long as that lives.
+    Ok(unsafe { AsyncFd::register_with_interest(socket, interest) }?)
+}
+
+#[derive(Debug)]
+pub struct QuietSocket {
+    socket: AsyncFd<UdpSocket>,
+    state: UdpSocketState,
+}
+
+impl QuietSocket {
+    /// `socket` must be non-blocking. Needs a runtime.
+    pub fn new(socket: UdpSocket) -> io::Result<Self> {
+        let state = UdpSocketState::new((&socket).into())?;
+        Ok(Self { socket: register(socket, Interest::READABLE)?, state })
+    }
+
+    pub fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.state.send(self.socket.get_ref().into(), transmit)
+    }
+
+    pub fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.socket.poll_read_ready(cx))?;
+            if let Ok(received) = ready.try_io(|socket| self.state.recv(socket.get_ref().into(), bufs, meta)) {
+                return Poll::Ready(received);
+            }
+        }
+    }
+
+    pub fn poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Box::pin(FullBuffer { socket: self, room: None })
+    }
+
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.get_ref().local_addr()
+    }
+
+    pub fn max_transmit_segments(&self) -> usize {
+        self.state.max_gso_segments()
+    }
+
+    pub fn may_fragment(&self) -> bool {
+        self.state.may_fragment()
+    }
+}
+
+/// Waits for room in the send buffer. What is registered is new for each wait, so it never speaks of an earlier one.
+#[derive(Debug)]
+struct FullBuffer {
+    socket: Arc<QuietSocket>,
+    room: Option<AsyncFd<UdpSocket>>,
+}
+
+impl UdpPoller for FullBuffer {
+    fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let waiting = match self.room.take() {
+            Some(waiting) => waiting,
+            None => register(self.socket.socket.get_ref().try_clone()?, Interest::WRITABLE)?,
+        };
+        let polled = waiting.poll_write_ready(cx).map_ok(drop);
+        if polled.is_pending() {
+            self.room = Some(waiting);
+        }
+        polled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::net::Ipv4Addr;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Wake, Waker};
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Counter(AtomicUsize);
+
+    impl Wake for Counter {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn bound() -> UdpSocket {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket
+    }
+
+    fn transmit(destination: SocketAddr, contents: &[u8]) -> Transmit<'_> {
+        Transmit { destination, ecn: None, contents, segment_size: None, src_ip: None }
+    }
+
+    fn received(socket: &QuietSocket, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut memory = [0; 2048];
+        socket.poll_recv(cx, &mut [IoSliceMut::new(&mut memory)], &mut [RecvMeta::default()])
+    }
+
+    #[tokio::test]
+    async fn sending_wakes_nobody_and_a_datagram_wakes_the_receiver() {
+        let socket = QuietSocket::new(bound()).unwrap();
+        let other = bound();
+        let counter = Arc::new(Counter::default());
+        let waker = Waker::from(counter.clone());
+        let mut cx = Context::from_waker(&waker);
+        assert!(received(&socket, &mut cx).is_pending());
+        for _ in 0..50 {
+            socket.try_send(&transmit(other.local_addr().unwrap(), b"out")).unwrap();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(counter.0.load(Ordering::Relaxed), 0);
+        other.send_to(b"in", socket.local_addr().unwrap()).unwrap();
+        let waited = async {
+            while counter.0.load(Ordering::Relaxed) == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), waited).await.unwrap();
+        assert!(matches!(received(&socket, &mut cx), Poll::Ready(Ok(1))));
+    }
+
+    #[tokio::test]
+    async fn a_full_send_buffer_is_waited_for_and_each_wait_is_its_own() {
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        // A socket whose buffer fills for sure: nobody reads at the other end until the test does.
+        let ours = UdpSocket::from(std::os::fd::OwnedFd::from(ours));
+        let socket = QuietSocket {
+            state: UdpSocketState::new((&bound()).into()).unwrap(),
+            socket: register(ours, Interest::READABLE).unwrap(),
+        };
+        let socket = Arc::new(socket);
+        let mut poller = socket.clone().poller();
+        let mut buffer = [0; 16];
+        for _ in 0..3 {
+            let full = loop {
+                if let Err(error) = socket.socket.get_ref().send(b"full") {
+                    break error;
+                }
+            };
+            assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+            let writable = std::future::poll_fn(|cx| poller.as_mut().poll_writable(cx));
+            let early = tokio::time::timeout(Duration::from_millis(20), writable).await;
+            assert!(early.is_err(), "the buffer was full, and was said to have room");
+            theirs.set_nonblocking(true).unwrap();
+            while theirs.recv(&mut buffer).is_ok() {}
+            let writable = std::future::poll_fn(|cx| poller.as_mut().poll_writable(cx));
+            tokio::time::timeout(Duration::from_secs(10), writable).await.unwrap().unwrap();
+        }
+    }
+}
