@@ -1,4 +1,5 @@
-//! Puts the code that sidecars and gateways run in one place of the program, so that a process maps that and little else.
+//! Has a process map little of the program: puts the code that sidecars and gateways run in one place of it, and packs the
+//! table of addresses that are adjusted at the start, all of which is read then.
 
 use std::env::var;
 
@@ -15,5 +16,21 @@ fn main() {
     if is("PROFILE", "release") && is("CARGO_CFG_TARGET_OS", "linux") && !own_linker {
         let here = var("CARGO_MANIFEST_DIR").expect("cargo names the folder");
         println!("cargo:rustc-link-arg-bins=-Wl,-T,{here}/{SCRIPT}");
+        if loader_unpacks() {
+            println!("cargo:rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
+        }
     }
+}
+
+/// Whether the program will be started by glibc 2.36 or newer, which knows packed relocations (DT_RELR). What is built
+/// against one runs with no older one anyway.
+fn loader_unpacks() -> bool {
+    let is_static = var("CARGO_CFG_TARGET_FEATURE").is_ok_and(|of| of.split(',').any(|one| one == "crt-static"));
+    if var("HOST") != var("TARGET") || var("CARGO_CFG_TARGET_ENV").as_deref() != Ok("gnu") || is_static {
+        return false;
+    }
+    let told = std::process::Command::new("getconf").arg("GNU_LIBC_VERSION").output();
+    let told = told.map(|told| String::from_utf8_lossy(&told.stdout).into_owned()).unwrap_or_default();
+    let minor = told.trim().strip_prefix("glibc 2.").and_then(|minor| minor.split('.').next()?.parse::<u32>().ok());
+    minor.is_some_and(|minor| minor >= 36)
 }
