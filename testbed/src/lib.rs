@@ -2,6 +2,7 @@
 //! state in a directory of its own. The demo, the end-to-end tests and the benches are built on it.
 
 mod cluster;
+pub mod helm;
 mod jaeger;
 pub mod kubernetes;
 mod namespace;
