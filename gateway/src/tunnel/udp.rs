@@ -8,6 +8,7 @@ use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use quinn::UdpPoller;
@@ -26,17 +27,27 @@ pub fn register(socket: UdpSocket, interest: Interest) -> io::Result<AsyncFd<Udp
 pub struct QuietSocket {
     socket: AsyncFd<UdpSocket>,
     state: UdpSocketState,
+    /// Set by whoever found the send buffer full, cleared by whoever saw that there is room again.
+    full: AtomicBool,
 }
 
 impl QuietSocket {
     /// `socket` must be non-blocking. Needs a runtime.
     pub fn new(socket: UdpSocket) -> io::Result<Self> {
         let state = UdpSocketState::new((&socket).into())?;
-        Ok(Self { socket: register(socket, Interest::READABLE)?, state })
+        Ok(Self { socket: register(socket, Interest::READABLE)?, state, full: AtomicBool::new(false) })
     }
 
     pub fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.state.send(self.socket.get_ref().into(), transmit)
+        self.sending(|socket| self.state.send(socket.into(), transmit))
+    }
+
+    fn sending(&self, send: impl FnOnce(&UdpSocket) -> io::Result<()>) -> io::Result<()> {
+        let sent = send(self.socket.get_ref());
+        if sent.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            self.full.store(true, Ordering::Relaxed);
+        }
+        sent
     }
 
     pub fn poll_recv(
@@ -70,7 +81,8 @@ impl QuietSocket {
     }
 }
 
-/// Waits for room in the send buffer. What is registered is new for each wait, so it never speaks of an earlier one.
+/// Waits for room in the send buffer. quinn asks before each datagram, so nothing is registered until one found no room; and
+/// what is registered is new for each wait, so that it never speaks of an earlier one.
 #[derive(Debug)]
 struct FullBuffer {
     socket: Arc<QuietSocket>,
@@ -81,11 +93,14 @@ impl UdpPoller for FullBuffer {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let waiting = match self.room.take() {
             Some(waiting) => waiting,
+            None if !self.socket.full.load(Ordering::Relaxed) => return Poll::Ready(Ok(())),
             None => register(self.socket.socket.get_ref().try_clone()?, Interest::WRITABLE)?,
         };
         let polled = waiting.poll_write_ready(cx).map_ok(drop);
         if polled.is_pending() {
             self.room = Some(waiting);
+        } else {
+            self.socket.full.store(false, Ordering::Relaxed);
         }
         polled
     }
@@ -95,7 +110,7 @@ impl UdpPoller for FullBuffer {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use std::net::Ipv4Addr;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
     use std::task::{Wake, Waker};
     use std::time::Duration;
 
@@ -149,33 +164,31 @@ mod tests {
         assert!(matches!(received(&socket, &mut cx), Poll::Ready(Ok(1))));
     }
 
-    #[tokio::test]
-    async fn a_full_send_buffer_is_waited_for_and_each_wait_is_its_own() {
+    /// A socket whose buffer fills for sure: nobody reads at the other end until the test does.
+    fn pair() -> (Arc<QuietSocket>, std::os::unix::net::UnixDatagram) {
         let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        // A socket whose buffer fills for sure: nobody reads at the other end until the test does.
+        theirs.set_nonblocking(true).unwrap();
         let ours = UdpSocket::from(std::os::fd::OwnedFd::from(ours));
-        let socket = QuietSocket {
-            state: UdpSocketState::new((&bound()).into()).unwrap(),
-            socket: register(ours, Interest::READABLE).unwrap(),
-        };
-        let socket = Arc::new(socket);
+        let socket = register(ours, Interest::READABLE).unwrap();
+        let state = UdpSocketState::new((&bound()).into()).unwrap();
+        (Arc::new(QuietSocket { socket, state, full: AtomicBool::new(false) }), theirs)
+    }
+
+    #[tokio::test]
+    async fn a_full_send_buffer_is_waited_for_and_each_wait_is_its_own() {
+        let (socket, theirs) = pair();
         let mut poller = socket.clone().poller();
-        let mut buffer = [0; 16];
+        let mut room = async |within| {
+            tokio::time::timeout(within, std::future::poll_fn(|cx| poller.as_mut().poll_writable(cx))).await
+        };
+        assert!(room(Duration::ZERO).await.is_ok(), "nobody found it full");
         for _ in 0..3 {
-            let full = loop {
-                if let Err(error) = socket.socket.get_ref().send(b"full") {
-                    break error;
-                }
-            };
-            assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
-            let writable = std::future::poll_fn(|cx| poller.as_mut().poll_writable(cx));
-            let early = tokio::time::timeout(Duration::from_millis(20), writable).await;
-            assert!(early.is_err(), "the buffer was full, and was said to have room");
-            theirs.set_nonblocking(true).unwrap();
-            while theirs.recv(&mut buffer).is_ok() {}
-            let writable = std::future::poll_fn(|cx| poller.as_mut().poll_writable(cx));
-            tokio::time::timeout(Duration::from_secs(10), writable).await.unwrap().unwrap();
+            while socket.sending(|socket| socket.send(b"full").map(drop)).is_ok() {}
+            assert!(room(Duration::from_millis(20)).await.is_err(), "the buffer was full, and was said to have room");
+            while theirs.recv(&mut [0; 16]).is_ok() {}
+            room(Duration::from_secs(10)).await.unwrap().unwrap();
+            assert!(room(Duration::ZERO).await.is_ok(), "there is room until somebody finds none");
         }
     }
 }
