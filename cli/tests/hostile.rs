@@ -24,6 +24,7 @@ use tombolo_api::proto::tunnel as wire;
 use tombolo_core::door::{ALPN_PEERING, ALPN_TUNNEL};
 use tombolo_core::id::{ClusterId, Role, SpiffeId, TrustDomain};
 use tombolo_core::refusal::Refusal;
+use tombolo_core::service_account::Asked;
 use tombolo_gateway::config::{Congestion, LimitsConfig};
 use tombolo_gateway::tunnel::{endpoint, refusal_of};
 use tombolo_leg::Alpn;
@@ -33,7 +34,7 @@ use tombolo_testbed::Cluster;
 use tombolo_trust::bundle::Bundle;
 use tombolo_trust::ca::CertificateAuthority;
 use tombolo_trust::grpc;
-use tombolo_trust::identity::{self, IdentityConfig};
+use tombolo_trust::identity::{self, FirstProof, IdentityConfig};
 use tombolo_trust::key::IdentityKey;
 use tombolo_trust::store::{ClusterBundle, TrustStore};
 use tombolo_trust::svid::SvidSource;
@@ -123,7 +124,8 @@ async fn joined(cluster: &Cluster, name: &str, identity: &[&str]) -> SvidSource 
     let config = IdentityConfig {
         federation: Seen::new(cluster, "federation", "federation").address("discovery").to_string(),
         ca: Path::new(&cluster.state()).join("ca.pem"),
-        join: Some(token),
+        first_proof: Some(FirstProof::Join(token)),
+        asked: Asked::Workload,
         state: cluster.dir().join(format!("{name}-of-the-test")),
     };
     let (svid, _trust) = identity::start(config).unwrap();

@@ -31,6 +31,7 @@ pub mod refusal;
 pub mod registration;
 pub mod retry;
 pub mod routing;
+pub mod service_account;
 pub mod sni;
 pub mod source;
 pub mod stall;

@@ -1,5 +1,6 @@
 //! The federation's configuration: one YAML file, parsed once.
 
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -76,11 +77,21 @@ pub struct KubernetesConfig {
     /// Where tombolo is installed.
     #[serde(default = "default_namespace")]
     pub namespace: Namespace,
+    /// Which service accounts of that namespace are parts of tombolo.
+    #[serde(default)]
+    pub roles: RolesConfig,
     /// What tells this replica from others in the election of the leader; the host's name if absent.
     pub identity: Option<String>,
     /// How long the leader may be silent until another replica takes over.
     #[serde(default = "default_lease_duration", with = "humantime_serde")]
     pub lease_duration: Duration,
+}
+
+/// Service accounts, by name. Only what is named here at installation can get a role's identity by a token.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct RolesConfig {
+    pub gateway: BTreeSet<String>,
 }
 
 fn default_lease_duration() -> Duration {
@@ -118,6 +129,12 @@ impl Config {
     }
 }
 
+/// A DNS subdomain (RFC 1123), as Kubernetes takes it.
+fn is_account_name(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-');
+    !name.is_empty() && name.len() <= 253 && name.bytes().all(allowed)
+}
+
 impl Validate for Config {
     fn validate(&self) -> Vec<Problem> {
         let mut problems = self.telemetry.problems("telemetry");
@@ -141,6 +158,10 @@ impl Validate for Config {
             let duration = kubernetes.lease_duration;
             if !(LEASE_DURATION_MIN..=LEASE_DURATION_MAX).contains(&duration) || duration.subsec_nanos() != 0 {
                 problems.push(Problem::new("source.kubernetes.leaseDuration", "write whole seconds from 5s to 5m"));
+            }
+            if kubernetes.roles.gateway.iter().any(|account| !is_account_name(account)) {
+                let reason = "write names of service accounts of source.kubernetes.namespace, without a namespace";
+                problems.push(Problem::new("source.kubernetes.roles.gateway", reason));
             }
             if kubernetes.identity.as_ref().is_some_and(String::is_empty) {
                 problems.push(Problem::new("source.kubernetes.identity", "write a name, another one for each replica"));
@@ -195,6 +216,8 @@ mod tests {
             ("{kubernetes: {context: east}}", "source.kubernetes.context"),
             ("{kubernetes: {leaseDuration: 1s}}", "source.kubernetes.leaseDuration"),
             ("{kubernetes: {identity: ''}}", "source.kubernetes.identity"),
+            ("{kubernetes: {roles: {gateway: [mesh/gateway]}}}", "source.kubernetes.roles.gateway"),
+            ("{kubernetes: {roles: {federation: [x]}}}", "federation"),
             ("{kubernetes: {kubeconfg: /}}", "kubeconfg"),
         ] {
             let refused = source(text).unwrap_err();

@@ -1,9 +1,10 @@
-//! The identity server: SVIDs from join entries and by renewal.
+//! The identity server: SVIDs from join entries, from service accounts' tokens and by renewal.
 //!
 //! A use of a join entry is durable before its SVID leaves the process. Anybody who reaches the port
 //! may ask, so each source address has a rate, and the work under way is bounded.
 
 mod admission;
+mod review;
 #[cfg(test)]
 mod tests;
 
@@ -15,15 +16,19 @@ use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tombolo_api::proto::identity::identity_server::{Identity, IdentityServer};
 use tombolo_api::proto::identity::issue_request::Proof;
-use tombolo_api::proto::identity::{IssueRequest, IssueResponse, JoinProof, RenewProof};
+use tombolo_api::proto::identity::{IssueRequest, IssueResponse, JoinProof, RenewProof, TokenProof};
+use tombolo_core::id::SpiffeId;
 use tombolo_core::refusal::Refusal;
 use tombolo_runtime::metrics::Refusals;
+use tombolo_trust::ca::CheckedCsr;
 use tombolo_trust::grpc::Peer;
 use tombolo_trust::issuer::{IssueRefusal, Issued, Issuer};
 use tonic::{Request, Response, Status};
 
 use crate::store::{Store, StoreError};
 use admission::Admission;
+use review::NotProven;
+pub use review::Reviewer;
 
 /// Requests under way at a time; each may wait for the disk.
 const UNDER_WAY_MAX: usize = 64;
@@ -36,6 +41,8 @@ const CHAIN_MAX: usize = 8;
 pub struct IdentityService {
     issuer: Issuer,
     store: Store,
+    /// `None` where there is no API server to ask.
+    reviewer: Option<Reviewer>,
     refusals: Refusals,
     admission: Mutex<Admission<IpAddr>>,
     under_way: Arc<Semaphore>,
@@ -43,9 +50,14 @@ pub struct IdentityService {
 
 impl IdentityService {
     /// The service for the discovery port.
-    pub fn server(issuer: Issuer, store: Store, refusals: Refusals) -> IdentityServer<Self> {
+    pub fn server(
+        issuer: Issuer,
+        store: Store,
+        reviewer: Option<Reviewer>,
+        refusals: Refusals,
+    ) -> IdentityServer<Self> {
         let (admission, under_way) = (Mutex::new(Admission::default()), Arc::new(Semaphore::new(UNDER_WAY_MAX)));
-        let service = Self { issuer, store, refusals, admission, under_way };
+        let service = Self { issuer, store, reviewer, refusals, admission, under_way };
         IdentityServer::new(service).max_decoding_message_size(REQUEST_OCTETS_MAX)
     }
 
@@ -71,6 +83,8 @@ impl IdentityService {
 enum NotIssued {
     Refused(IssueRefusal),
     Store(StoreError),
+    NotProven(NotProven),
+    NoReviewer,
 }
 
 #[tonic::async_trait]
@@ -82,24 +96,72 @@ impl Identity for IdentityService {
             let text = "too many SVIDs are being issued; try again in a second";
             return Err(self.refused(Refusal::Overloaded, Status::resource_exhausted(text)));
         };
-        let IssueRequest { csr_der, proof } = request.into_inner();
-        let issuer = self.issuer.clone();
-        // Off this thread: signing takes a while, and a use of a join entry is written to disk.
-        let issued = self.store.off_thread(move |store| match proof {
-            Some(Proof::Join(proof)) => join(&issuer, store, &proof, &csr_der),
-            Some(Proof::Renew(proof)) => renew(&issuer, store, &proof, &csr_der).map_err(NotIssued::Refused),
-            None => Err(NotIssued::Refused(IssueRefusal::Join(tombolo_core::join::JoinRefusal::NotKnown))),
-        });
-        match issued.await {
+        match self.issued(request.into_inner()).await {
             Ok(issued) => {
                 tracing::info!(id = %issued.id, "issued an SVID");
                 Ok(Response::new(response(issued)))
             }
-            Err(NotIssued::Refused(refusal)) => Err(self.refused(refusal.refusal(), refusal.into())),
-            Err(NotIssued::Store(error)) => {
+            Err(not_issued) => Err(self.not_issued(not_issued)),
+        }
+    }
+}
+
+impl IdentityService {
+    async fn issued(&self, request: IssueRequest) -> Result<Issued, NotIssued> {
+        let IssueRequest { csr_der, proof } = request;
+        let proven = match &proof {
+            Some(Proof::Token(proof)) => Some(self.review(proof, &csr_der).await?),
+            _ => None,
+        };
+        let issuer = self.issuer.clone();
+        // Off this thread: signing takes a while, and a use of a join entry is written to disk.
+        let issued = self.store.off_thread(move |store| match (proof, proven) {
+            (_, Some((csr, id))) => {
+                issuer.issue(&csr, &id, Timestamp::now(), &store.revoked().ids).map_err(NotIssued::Refused)
+            }
+            (Some(Proof::Join(proof)), None) => join(&issuer, store, &proof, &csr_der),
+            (Some(Proof::Renew(proof)), None) => renew(&issuer, store, &proof, &csr_der).map_err(NotIssued::Refused),
+            (Some(Proof::Token(_)) | None, None) => {
+                Err(NotIssued::Refused(IssueRefusal::Join(tombolo_core::join::JoinRefusal::NotKnown)))
+            }
+        });
+        issued.await
+    }
+
+    /// Whom a token proves. The CSR is looked at first, which costs the API server nothing.
+    async fn review(&self, proof: &TokenProof, csr_der: &[u8]) -> Result<(CheckedCsr, SpiffeId), NotIssued> {
+        let reviewer = self.reviewer.as_ref().ok_or(NotIssued::NoReviewer)?;
+        let csr = CheckedCsr::new(csr_der).map_err(|error| NotIssued::Refused(error.into()))?;
+        match reviewer.identity(proof.token.clone(), &proof.role).await {
+            Ok(id) => Ok((csr, id)),
+            Err(NotProven::Refused(refused)) => Err(NotIssued::Refused(refused.into())),
+            Err(not_proven) => Err(NotIssued::NotProven(not_proven)),
+        }
+    }
+
+    fn not_issued(&self, reason: NotIssued) -> Status {
+        match reason {
+            NotIssued::Refused(refusal) => self.refused(refusal.refusal(), refusal.into()),
+            NotIssued::Store(error) => {
                 tracing::error!(%error, "a use of a join entry can't be made durable");
                 let text = "the federation can't write its state; see its log";
-                Err(self.refused(Refusal::Overloaded, Status::unavailable(text)))
+                self.refused(Refusal::Overloaded, Status::unavailable(text))
+            }
+            NotIssued::NoReviewer => {
+                let text = "this federation reads a directory and knows of no API server that vouches for service \
+                            accounts; set join, with a token of `tombolo join add`, in the place of token";
+                self.refused(Refusal::IdentityDenied, Status::permission_denied(text))
+            }
+            NotIssued::NotProven(not_proven) => {
+                let text = not_proven.to_string();
+                let (refusal, status) = match not_proven {
+                    NotProven::Timeout(_) => (Refusal::Timeout, Status::deadline_exceeded(text)),
+                    NotProven::Failed(_) => (Refusal::Overloaded, Status::internal(text)),
+                    NotProven::UnknownRole(_) | NotProven::Length | NotProven::Refused(_) => {
+                        (Refusal::BadRequest, Status::invalid_argument(text))
+                    }
+                };
+                self.refused(refusal, status)
             }
         }
     }

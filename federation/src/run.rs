@@ -10,7 +10,9 @@ use jiff::Timestamp;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tombolo_api::proto::identity::identity_server::IdentityServer;
 use tombolo_core::id::{Role, SpiffeId};
+use tombolo_core::service_account::Accounts;
 use tombolo_leg::dial::Dialer;
 use tombolo_runtime::admin::Admin;
 use tombolo_runtime::drain::DrainWatch;
@@ -30,7 +32,7 @@ use crate::addresses::Allocator;
 use crate::config::{Config, SourceConfig};
 use crate::discovery::DiscoveryService;
 use crate::hub::{self, HubHandle, HubStart, PeeringEvent, remembered};
-use crate::identity::IdentityService;
+use crate::identity::{IdentityService, Reviewer};
 use crate::kubernetes::{self, Candidate, Leadership};
 use crate::mcs::Writer;
 use crate::operator::{OperatorService, OperatorSocket};
@@ -130,6 +132,7 @@ async fn lead(
     let ranges = config.virtual_addresses;
     let allocator = Allocator::start(hub.clone(), base.store.clone(), ranges, &process.metrics).await?;
     tasks.spawn(allocator.run());
+    let identity = identity_server(&config, &opened, &base, &process.metrics);
     if let OpenedSource::Kubernetes { client, .. } = opened {
         tasks.spawn(Writer::new(client, leadership, hub.clone(), source.state(), &process.metrics).run());
     }
@@ -138,7 +141,7 @@ async fn lead(
     tasks.spawn(report::follow(hub.clone(), process.metrics.clone()));
 
     let mut servers = JoinSet::new();
-    serve_discovery(&config, &base, &hub, &process, discovery, legs_address, &mut servers);
+    serve_discovery(&base, &hub, &process, identity, discovery, legs_address, &mut servers);
     serve_sync(&base, &hub, &process, legs, &mut servers, &mut tasks);
     let operator_service = OperatorService {
         trust_domain: config.trust_domain(),
@@ -299,11 +302,32 @@ async fn start_source(
     Ok(source)
 }
 
-fn serve_discovery(
+fn identity_server(
     config: &Config,
+    opened: &OpenedSource,
+    base: &Base,
+    metrics: &Metrics,
+) -> IdentityServer<IdentityService> {
+    let reviewer = match (opened, &config.source) {
+        (OpenedSource::Kubernetes { client, .. }, SourceConfig::Kubernetes(kubernetes)) => {
+            let accounts = Accounts {
+                trust_domain: config.trust_domain(),
+                namespace: kubernetes.namespace.clone(),
+                gateways: kubernetes.roles.gateway.clone(),
+            };
+            Some(Reviewer::new(client.clone(), accounts))
+        }
+        _ => None,
+    };
+    let issuer = Issuer { ca: base.ca.clone(), life: config.svid_life, grace: RENEWAL_GRACE };
+    IdentityService::server(issuer, base.store.clone(), reviewer, metrics.refusals(ROLE))
+}
+
+fn serve_discovery(
     base: &Base,
     hub: &HubHandle,
     process: &Process,
+    identity: IdentityServer<IdentityService>,
     listener: TcpListener,
     legs: SocketAddr,
     servers: &mut JoinSet<anyhow::Result<()>>,
@@ -314,8 +338,6 @@ fn serve_discovery(
         counted.inc(refusal);
         tracing::warn!(%address, reason = refusal.code(), "a connection to discovery is refused");
     };
-    let issuer = Issuer { ca: base.ca.clone(), life: config.svid_life, grace: RENEWAL_GRACE };
-    let identity = IdentityService::server(issuer, base.store.clone(), refusals.clone());
     let drain = process.drain.clone();
     let discovery = DiscoveryService::server(hub.clone(), legs.to_string(), refusals, drain.clone());
     // Whoever has no identity yet comes here to get one; discovery itself demands a certificate.

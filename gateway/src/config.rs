@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tombolo_core::id::GatewayId;
 use tombolo_runtime::config::{Problem, Validate};
-use tombolo_runtime::federation::{FederationConfig, is_host_port};
+use tombolo_runtime::federation::{FederationConfig, is_host_port, proof_problem};
 use tombolo_runtime::logging::LogConfig;
 use tombolo_runtime::telemetry::TelemetryConfig;
 
@@ -22,6 +22,8 @@ pub struct Config {
     pub federation: FederationConfig,
     /// File with the join token. Not needed once an identity is in `state`.
     pub join: Option<PathBuf>,
+    /// File with a projected service-account token, in the place of `join` where the federation's source is Kubernetes.
+    pub token: Option<PathBuf>,
     /// Directory for the identity and the keys of the tunnel's socket.
     pub state: PathBuf,
     /// UDP address of the tunnels.
@@ -143,6 +145,7 @@ impl Validate for Config {
         let mut problems = self.log.problems("log");
         problems.extend(self.telemetry.problems("telemetry"));
         problems.extend(self.federation.problems("federation"));
+        problems.extend(proof_problem(self.join.as_ref(), self.token.as_ref()));
         for (number, address) in self.advertise.iter().enumerate() {
             if !is_advertisable(address) {
                 problems.push(Problem::new(format!("advertise[{number}]"), "write host:port"));

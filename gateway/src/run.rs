@@ -9,13 +9,15 @@ use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tombolo_core::id::Role;
 use tombolo_core::liveness::LivenessConfig;
+use tombolo_core::service_account::Asked;
 use tombolo_leg::discovery::{Federation, GatewayDiscovery, GatewayHello, PeeringCommand, PeeringReport};
 use tombolo_runtime::admin::Admin;
 use tombolo_runtime::process::{Process, announce, withdraw};
 use tombolo_runtime::readiness::Condition;
 use tombolo_trust::atomic;
-use tombolo_trust::identity::{self, IdentityConfig};
+use tombolo_trust::identity::{self, FirstProof, IdentityConfig};
 use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 
@@ -96,7 +98,8 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     let (svid, trust) = identity::start(IdentityConfig {
         federation: config.federation.address.clone(),
         ca: config.federation.ca.clone(),
-        join: config.join.clone(),
+        first_proof: FirstProof::of(config.join.as_ref(), config.token.as_ref()),
+        asked: Asked::Role(Role::Gateway),
         state: config.state.clone(),
     })?;
     let started = start(&config, &process, sockets, svid, trust, identity_ready);

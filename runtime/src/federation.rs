@@ -23,6 +23,12 @@ impl FederationConfig {
     }
 }
 
+/// Complains where both kinds of first proof are configured: it would not be clear which one counts.
+pub fn proof_problem(join: Option<&PathBuf>, token: Option<&PathBuf>) -> Option<Problem> {
+    let reason = "is set beside join; keep one of the two: join outside of Kubernetes, token in a pod";
+    (join.is_some() && token.is_some()).then(|| Problem::new("token", reason))
+}
+
 /// Complains about `text` unless it is `host:port`.
 pub fn host_port_problem(field: &str, text: &str) -> Option<Problem> {
     (!is_host_port(text)).then(|| Problem::new(field, "write host:port"))

@@ -10,7 +10,7 @@ use tombolo_core::health::Thresholds;
 use tombolo_core::id::{InstanceName, ServiceName};
 use tombolo_core::model::AppProtocol;
 use tombolo_runtime::config::{Problem, Validate};
-use tombolo_runtime::federation::{FederationConfig, host_port_problem};
+use tombolo_runtime::federation::{FederationConfig, host_port_problem, proof_problem};
 use tombolo_runtime::logging::LogConfig;
 use tombolo_runtime::telemetry::TelemetryConfig;
 
@@ -27,6 +27,8 @@ pub struct Config {
     pub federation: FederationConfig,
     /// File with the join token. Not needed once an identity is in `state`.
     pub join: Option<PathBuf>,
+    /// File with a projected service-account token, in the place of `join` where the federation's source is Kubernetes.
+    pub token: Option<PathBuf>,
     /// Directory for the identity's key and certificate.
     pub state: PathBuf,
     /// The application's forward proxy: HTTP/1.1 and HTTP/2 with prior knowledge, CONNECT included.
@@ -281,6 +283,7 @@ impl Validate for Config {
         let mut problems = self.telemetry.problems("telemetry");
         problems.extend(self.log.problems("log"));
         problems.extend(self.federation.problems("federation"));
+        problems.extend(proof_problem(self.join.as_ref(), self.token.as_ref()));
         if let Some(advertise) = &self.advertise {
             problems.extend(host_port_problem("advertise", advertise));
         } else if self.inbound.ip().is_unspecified() && !self.services.is_empty() {

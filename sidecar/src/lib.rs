@@ -24,13 +24,14 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tombolo_core::addresses::mesh::MeshAddresses;
+use tombolo_core::service_account::Asked;
 use tombolo_leg::discovery::{Federation, LinkStatus, SidecarDiscovery};
 use tombolo_runtime::admin::{Admin, Questions};
 use tombolo_runtime::metrics::Metrics;
 use tombolo_runtime::process::{self, Process};
 use tombolo_runtime::readiness::Readiness;
 use tombolo_trust::atomic;
-use tombolo_trust::identity::{self, IdentityConfig};
+use tombolo_trust::identity::{self, FirstProof, IdentityConfig};
 use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 
@@ -53,7 +54,8 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     let (svid, trust) = identity::start(IdentityConfig {
         federation: config.federation.address.clone(),
         ca: config.federation.ca.clone(),
-        join: config.join.clone(),
+        first_proof: FirstProof::of(config.join.as_ref(), config.token.as_ref()),
+        asked: Asked::Workload,
         state: config.state.clone(),
     })?;
     let federation = Federation {
@@ -161,7 +163,7 @@ async fn listen(
 /// Ready once there is an identity and federation has answered. A federation that goes away later leaves the
 /// sidecar ready: what is known stays in force.
 async fn follow_readiness(readiness: Readiness, svid: SvidSource, discovery: SidecarDiscovery) {
-    let identity = readiness.condition("identity", "no identity was issued yet; is the join token valid?");
+    let identity = readiness.condition("identity", "no identity was issued yet; the log says why");
     let known = readiness.condition("discovery", "the federation has not answered yet");
     svid.wait().await;
     identity.holds();

@@ -134,7 +134,7 @@ impl Cluster {
     }
 
     pub async fn start_gateway(&mut self, id: &str, extra: Value) -> anyhow::Result<Announced> {
-        let joined = self.joined(id, &["--gateway", id]).await?;
+        let joined = self.joined(id, &["--gateway", id], &extra).await?;
         let config = json!({
             "id": id,
             "tunnel": "127.0.0.1:0",
@@ -146,7 +146,7 @@ impl Cluster {
     }
 
     pub async fn start_sidecar(&mut self, sidecar: Sidecar<'_>) -> anyhow::Result<Announced> {
-        let joined = self.joined(sidecar.name, &["--workload", sidecar.workload]).await?;
+        let joined = self.joined(sidecar.name, &["--workload", sidecar.workload], &sidecar.config).await?;
         let config = json!({
             "instance": sidecar.name,
             "outbound": "127.0.0.1:0",
@@ -219,19 +219,24 @@ impl Cluster {
         }
     }
 
-    /// Makes a join entry and gives the fields of a configuration that use it.
-    async fn joined(&self, name: &str, identity: &[&str]) -> anyhow::Result<Value> {
+    /// Fields of a configuration with which a role gets its identity: by a join entry that is made here, unless `extra`
+    /// names the file of a service account's token.
+    async fn joined(&self, name: &str, identity: &[&str], extra: &Value) -> anyhow::Result<Value> {
+        let discovery = self.discovery.context("the federation is not running")?;
+        let mut fields = json!({
+            "state": self.dir.join(name),
+            "federation": { "address": discovery, "ca": Path::new(&self.state()).join("ca.pem") },
+        });
+        if extra.get("token").is_some() {
+            return Ok(fields);
+        }
         let file = self.dir.join(format!("{name}.join"));
         let out = file.display().to_string();
         let mut arguments = vec!["join", "add", "--out", &out];
         arguments.extend_from_slice(identity);
         self.operator(&arguments).await?;
-        let discovery = self.discovery.context("the federation is not running")?;
-        Ok(json!({
-            "state": self.dir.join(name),
-            "join": file,
-            "federation": { "address": discovery, "ca": Path::new(&self.state()).join("ca.pem") },
-        }))
+        fields["join"] = json!(file);
+        Ok(fields)
     }
 
     async fn start_role(&mut self, name: &str, kind: &'static str, config: Value) -> anyhow::Result<Announced> {

@@ -18,6 +18,7 @@ use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkc
 use serde::{Deserialize, Serialize};
 use tombolo_core::id::{SpiffeId, TrustDomain};
 use x509_parser::certification_request::X509CertificationRequest;
+use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer;
 use zeroize::{Zeroize, Zeroizing};
 
@@ -82,6 +83,7 @@ pub enum InvalidCsr {
 pub struct CheckedCsr {
     public_key: PublicKey,
     spki_der: Vec<u8>,
+    asked_uris: Vec<String>,
 }
 
 impl CheckedCsr {
@@ -94,6 +96,7 @@ impl CheckedCsr {
             return Err(InvalidCsr::Malformed);
         }
         let spki_der = parsed.certification_request_info.subject_pki.raw.to_vec();
+        let asked_uris = asked_uris(&parsed);
         let csr = CertificateSigningRequestDer::from(csr_der);
         let public_key = CertificateSigningRequestParams::from_der(&csr).map_err(|_| InvalidCsr::Malformed)?.public_key;
         let allowed = [&rcgen::PKCS_ECDSA_P256_SHA256, &rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519];
@@ -104,7 +107,7 @@ impl CheckedCsr {
         if public_key.subject_public_key_info() != spki_der {
             return Err(InvalidCsr::Key);
         }
-        Ok(Self { public_key, spki_der })
+        Ok(Self { public_key, spki_der, asked_uris })
     }
 
     /// DER of the SubjectPublicKeyInfo.
@@ -112,10 +115,28 @@ impl CheckedCsr {
         &self.spki_der
     }
 
+    /// The URIs that it asks to be certified as. None of them is believed.
+    pub fn asked_uris(&self) -> &[String] {
+        &self.asked_uris
+    }
+
     /// SHA-256 of [`CheckedCsr::public_key_der`]: what uses of a join entry are counted by.
     pub fn public_key_sha256(&self) -> [u8; 32] {
         sha256(&self.spki_der)
     }
+}
+
+fn asked_uris(csr: &X509CertificationRequest<'_>) -> Vec<String> {
+    let uri = |name: &GeneralName<'_>| match name {
+        GeneralName::URI(uri) => Some((*uri).to_owned()),
+        _ => None,
+    };
+    let extensions = csr.requested_extensions().into_iter().flatten();
+    let names = extensions.filter_map(|extension| match extension {
+        ParsedExtension::SubjectAlternativeName(names) => Some(&names.general_names),
+        _ => None,
+    });
+    names.flatten().filter_map(uri).collect()
 }
 
 /// The CA of one trust domain. Clones share it.

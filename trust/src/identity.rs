@@ -3,7 +3,7 @@
 //! Nothing that happens to the process locks it out. The key is durable before the first join token is
 //! redeemed, and uses of a token are counted by key, so a kill between redeeming and persisting costs nothing.
 //! An SVID that expired during a pause renews with the same key within the grace that the federation states,
-//! and after that the join token is tried again.
+//! and after that the first proof is tried again: a join token, or a service account's token of Kubernetes.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use tombolo_core::backoff::Backoff;
 use tombolo_core::bundle::BundleRefused;
 use tombolo_core::id::{Role, TrustDomain};
+use tombolo_core::service_account::Asked;
 
 use crate::bundle::{Bundle, InvalidBundle};
 use crate::grpc;
@@ -35,10 +36,28 @@ pub struct IdentityConfig {
     /// File with the trust bundle of the own trust domain. It is read again before each exchange, so that
     /// replacing it needs no restart.
     pub ca: PathBuf,
-    /// File with a join token. Needed until the first SVID is there; may appear later.
-    pub join: Option<PathBuf>,
+    /// What proves who this process is until there is an SVID, and again when that can't be renewed.
+    pub first_proof: Option<FirstProof>,
+    /// What it means to be: a service account's token of something else is refused, and not used.
+    pub asked: Asked,
     /// Folder for key, SVID and bundle.
     pub state: PathBuf,
+}
+
+/// A file with a proof. It may appear later, and is read anew for each exchange that needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FirstProof {
+    /// A join token.
+    Join(PathBuf),
+    /// A service account's token, which the kubelet replaces before it expires.
+    ServiceAccount(PathBuf),
+}
+
+impl FirstProof {
+    /// From the fields `join` and `token` of a role's configuration, of which at most one is there.
+    pub fn of(join: Option<&PathBuf>, token: Option<&PathBuf>) -> Option<Self> {
+        join.cloned().map(Self::Join).or_else(|| token.cloned().map(Self::ServiceAccount))
+    }
 }
 
 /// Why the identity client can't start. What can heal by itself is retried instead, and logged.
@@ -114,7 +133,7 @@ impl Client {
         // the handshake.
         let expectation = ServerExpectation::Role { trust_domain: trust_domain.clone(), role: Role::Federation };
         let tls = client_config(&SvidSource::new(), &trust, expectation, &[grpc::ALPN_H2]);
-        let exchange = Exchange::new(&config.federation, tls, key)?;
+        let exchange = Exchange::new(&config.federation, tls, key, config.asked)?;
         Ok(Self { config, trust_domain, persisted, exchange, svid, trust, latest })
     }
 
@@ -146,11 +165,11 @@ impl Client {
         self.latest.as_ref().map_or(Timestamp::MIN, |latest| latest.renewal_time(rand::random()))
     }
 
-    /// One exchange: renews by the SVID that there is, else joins.
+    /// One exchange: renews by the SVID that there is, else by the first proof.
     async fn renew(&mut self) -> Result<(), ExchangeError> {
         self.read_ca_file().await;
-        let token = self.config.join.as_deref();
-        let (chain, bundle) = self.exchange.run(self.latest.as_ref(), token).await?;
+        let first_proof = self.config.first_proof.as_ref();
+        let (chain, bundle) = self.exchange.run(self.latest.as_ref(), first_proof).await?;
         if *bundle.trust_domain() != self.trust_domain {
             return Err(ExchangeError::OtherDomain(bundle.trust_domain().clone()));
         }

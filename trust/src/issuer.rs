@@ -9,6 +9,7 @@ use rustls::pki_types::CertificateDer;
 use tombolo_core::id::SpiffeId;
 use tombolo_core::join::{JoinEntries, JoinEntryId, JoinRefusal};
 use tombolo_core::refusal::Refusal;
+use tombolo_core::service_account::TokenRefused;
 
 use crate::bundle::Bundle;
 use crate::ca::{CaError, CertificateAuthority, CheckedCsr, InvalidCsr};
@@ -19,6 +20,9 @@ use crate::svid::{timestamp, unix_time};
 
 /// Longest join secret that is hashed, in octets.
 const SECRET_LEN_MAX: usize = 1024;
+
+/// Most characters of an unproven name that are repeated.
+const ASKED_LEN_MAX: usize = 200;
 
 /// Issues SVIDs of one life for one CA.
 #[derive(Debug, Clone)]
@@ -54,6 +58,10 @@ pub enum IssueRefusal {
     Csr(#[from] InvalidCsr),
     #[error(transparent)]
     Join(#[from] JoinRefusal),
+    #[error(transparent)]
+    Token(#[from] TokenRefused),
+    #[error("the CSR asks for {asked:?}, and what was proven is {proven}")]
+    OtherId { asked: String, proven: SpiffeId },
     #[error("the SVID to renew is refused: {0}")]
     Proof(Refused),
     #[error("the CSR is not made with the key of the SVID to renew")]
@@ -71,7 +79,10 @@ impl IssueRefusal {
     pub fn refusal(&self) -> Refusal {
         match self {
             IssueRefusal::Csr(_) => Refusal::BadRequest,
-            IssueRefusal::Join(_) | IssueRefusal::OtherKey => Refusal::IdentityDenied,
+            IssueRefusal::Token(TokenRefused::NotNamed { .. } | TokenRefused::Reserved { .. }) => Refusal::WrongRole,
+            IssueRefusal::Join(_) | IssueRefusal::Token(_) | IssueRefusal::OtherId { .. } | IssueRefusal::OtherKey => {
+                Refusal::IdentityDenied
+            }
             IssueRefusal::Proof(refused) => refused.refusal,
             IssueRefusal::GraceIsOver { .. } => Refusal::Expired,
             IssueRefusal::Revoked(_) => Refusal::Revoked,
@@ -87,6 +98,8 @@ impl From<IssueRefusal> for tonic::Status {
         let code = match &refusal {
             IssueRefusal::Csr(_) => tonic::Code::InvalidArgument,
             IssueRefusal::Join(_)
+            | IssueRefusal::Token(_)
+            | IssueRefusal::OtherId { .. }
             | IssueRefusal::Proof(_)
             | IssueRefusal::OtherKey
             | IssueRefusal::GraceIsOver { .. }
@@ -131,6 +144,10 @@ impl Issuer {
         now: Timestamp,
         revoked: &BTreeSet<SpiffeId>,
     ) -> Result<Issued, IssueRefusal> {
+        if let Some(asked) = csr.asked_uris().iter().find(|asked| **asked != id.to_string()) {
+            let asked = asked.chars().take(ASKED_LEN_MAX).collect();
+            return Err(IssueRefusal::OtherId { asked, proven: id.clone() });
+        }
         if revoked.contains(id) {
             return Err(IssueRefusal::Revoked(id.clone()));
         }

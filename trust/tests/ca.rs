@@ -55,6 +55,26 @@ fn nothing_that_a_csr_asks_for_is_signed() {
 }
 
 #[test]
+fn a_csr_that_asks_for_another_identity_than_the_proven_one_is_refused() {
+    let (east, key, now) = (Cluster::new("east"), KeyPair::generate().unwrap(), Timestamp::now());
+    let issuer = Issuer { ca: east.ca.clone(), life: LIFE, grace: LIFE };
+    let web = east.id("ns/shop/sa/web");
+    let asking = |uris: &[&str]| {
+        let csr = csr(&key, |params| params.subject_alt_names = uris.iter().map(|text| uri(text)).collect());
+        issuer.issue(&CheckedCsr::new(&csr).unwrap(), &web, now, &BTreeSet::new())
+    };
+    assert_eq!(asking(&["spiffe://east.tombolo/ns/shop/sa/web"]).unwrap().id, web);
+    for uris in [
+        &["spiffe://east.tombolo/tombolo/gateway/gw-1"][..],
+        &["spiffe://east.tombolo/ns/shop/sa/web", "spiffe://east.tombolo/ns/shop/sa/db"],
+        &["https://bank.example"],
+    ] {
+        let refused = asking(uris).unwrap_err();
+        assert!(matches!(&refused, IssueRefusal::OtherId { proven, .. } if *proven == web), "{refused:?}");
+    }
+}
+
+#[test]
 fn csrs_are_checked() {
     let key = KeyPair::generate().unwrap();
     let good = csr(&key, |_| {});

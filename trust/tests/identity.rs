@@ -12,8 +12,11 @@ use std::time::{Duration, Instant};
 use common::identity_server::{Federation, until};
 use jiff::Timestamp;
 use tokio::runtime::Runtime;
+use tombolo_api::proto::identity::TokenProof;
+use tombolo_core::id::Role;
+use tombolo_core::service_account::Asked;
 use tombolo_trust::bundle::Bundle;
-use tombolo_trust::identity::{IdentityConfig, start};
+use tombolo_trust::identity::{FirstProof, IdentityConfig, start};
 use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::{Svid, SvidSource};
 
@@ -77,6 +80,29 @@ async fn a_workload_joins_once_and_renews_for_ever() {
     }
     assert_eq!(federation.log()[..4], ["join", "renew", "renew", "renew"]);
     assert_eq!(federation.uses_left(&entry), 0);
+}
+
+#[tokio::test]
+async fn a_service_accounts_token_is_read_anew_each_time_and_renewal_needs_none() {
+    let federation = Federation::start(Duration::from_secs(4), DAY).await;
+    let state = tempfile::tempdir().unwrap();
+    let token = |text: &str| TokenProof { token: text.into(), role: "gateway".into() };
+    let id = federation.cluster.id("tombolo/gateway/gw-0");
+    *federation.state.token.lock().unwrap() = Some((token("new"), id.clone()));
+    let file = state.path().join("token");
+    fs::write(&file, "old").unwrap();
+    let config = IdentityConfig {
+        first_proof: Some(FirstProof::ServiceAccount(file.clone())),
+        asked: Asked::Role(Role::Gateway),
+        ..federation.config(state.path())
+    };
+    let (source, _trust) = start(config).unwrap();
+    until("the old token to be refused", || federation.log().contains(&"refused")).await;
+    fs::write(&file, "new\n").unwrap();
+    assert_eq!(first(&source).await.id, id);
+    fs::remove_file(&file).unwrap();
+    until("a renewal", || federation.log().contains(&"renew")).await;
+    assert!(is_valid(&source));
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod identity;
 mod imports;
 mod leader;
 mod policies;

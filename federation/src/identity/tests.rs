@@ -33,6 +33,7 @@ fn running() -> Running {
     let service = IdentityService {
         issuer,
         store: open(&state),
+        reviewer: None,
         refusals: refusals.clone(),
         admission: Mutex::new(Admission::default()),
         under_way: Arc::new(Semaphore::new(UNDER_WAY_MAX)),
@@ -82,6 +83,7 @@ async fn a_join_entry_yields_its_identity_once_a_key_and_the_use_is_durable() {
     let service = IdentityService {
         issuer: Issuer { ca, life: hour, grace: hour },
         store: open(&state),
+        reviewer: None,
         refusals: refusals.clone(),
         admission: Mutex::new(Admission::default()),
         under_way: Arc::new(Semaphore::new(UNDER_WAY_MAX)),
@@ -121,6 +123,8 @@ async fn what_proves_nothing_is_refused_and_counted() {
         join_proof("nonsense", SECRET),
         Some(Proof::Renew(RenewProof { chain_der: vec![] })),
         Some(Proof::Renew(RenewProof { chain_der: vec![vec![0; 10]; 1000] })),
+        // Nobody is there who could vouch for it.
+        Some(Proof::Token(TokenProof { token: "a.b.c".into(), role: String::new() })),
     ] {
         let refused = running.issue(&key, proof.clone()).await.unwrap_err();
         assert_eq!(refused.code(), Code::PermissionDenied, "{proof:?}: {refused:?}");
@@ -129,7 +133,7 @@ async fn what_proves_nothing_is_refused_and_counted() {
     let refused = running.service.issue(Request::new(request)).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument);
     let counted: u64 = Refusal::ALL.iter().map(|refusal| running.refusals.count(*refusal)).sum();
-    assert_eq!(counted, 7);
+    assert_eq!(counted, 8);
     assert_eq!(running.service.store.joins().list().next().unwrap().1.uses_left(), 1, "no use was taken");
 }
 

@@ -1,6 +1,6 @@
 //! One exchange with the identity server.
 
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,14 +10,16 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::time::timeout;
 use tombolo_api::proto::identity::identity_client::IdentityClient;
 use tombolo_api::proto::identity::issue_request::Proof;
-use tombolo_api::proto::identity::{IssueRequest, IssueResponse, JoinProof, RenewProof};
+use tombolo_api::proto::identity::{IssueRequest, IssueResponse, JoinProof, RenewProof, TokenProof};
 use tombolo_core::id::TrustDomain;
 use tombolo_core::join::{JoinToken, NotAJoinToken};
 use tombolo_core::refusal::Refusal;
+use tombolo_core::service_account::Asked;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use zeroize::Zeroizing;
 
+use super::FirstProof;
 use crate::bundle::{Bundle, InvalidBundle};
 use crate::grpc::{self, InvalidAddress};
 use crate::key::{IdentityKey, KeyError};
@@ -25,15 +27,18 @@ use crate::svid::{InvalidSvid, Svid};
 
 /// How long one exchange may take, connecting included.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest join token file that is read, in octets.
-const TOKEN_LEN_MAX: usize = 4096;
+/// Largest file with a token that is read, in octets.
+const TOKEN_LEN_MAX: u64 = 16 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ExchangeError {
-    #[error("no SVID is kept and no join token is configured; set `join` to a file with one")]
+    #[error(
+        "no SVID is kept and no token is configured; set `join` to a file with a join token, or in a pod `token` to the \
+         file of a projected service-account token"
+    )]
     NoToken,
-    #[error("can't read the join token: {0}")]
-    TokenFile(io::Error),
+    #[error("can't read the token in {path}: {source}")]
+    TokenFile { path: String, source: io::Error },
     #[error(transparent)]
     Token(#[from] NotAJoinToken),
     #[error("the federation did not answer in time; check the address and that it runs")]
@@ -59,40 +64,61 @@ pub(super) enum ExchangeError {
 pub(super) struct Exchange {
     client: IdentityClient<Channel>,
     key: IdentityKey,
+    asked: Asked,
 }
 
 impl Exchange {
-    pub(super) fn new(federation: &str, tls: Arc<ClientConfig>, key: IdentityKey) -> Result<Self, InvalidAddress> {
-        Ok(Self { client: IdentityClient::new(grpc::connect(federation, tls)?), key })
+    pub(super) fn new(
+        federation: &str,
+        tls: Arc<ClientConfig>,
+        key: IdentityKey,
+        asked: Asked,
+    ) -> Result<Self, InvalidAddress> {
+        Ok(Self { client: IdentityClient::new(grpc::connect(federation, tls)?), key, asked })
     }
 
     pub(super) fn private_key(&self) -> PrivateKeyDer<'static> {
         self.key.private_key_der()
     }
 
-    /// Renews by `latest`; where that is absent or refused for good, joins with the token in the file `join`.
+    /// Renews by `latest`; where that is absent or refused for good, begins with the first proof.
     pub(super) async fn run(
         &mut self,
         latest: Option<&Svid>,
-        join: Option<&Path>,
+        first_proof: Option<&FirstProof>,
     ) -> Result<(Vec<CertificateDer<'static>>, Bundle), ExchangeError> {
-        let Some(latest) = latest else { return self.join(join).await };
+        let Some(latest) = latest else { return self.begin(first_proof).await };
         let chain_der = latest.chain.iter().map(|certificate| certificate.to_vec()).collect();
         let renewed = self.issue(Proof::Renew(RenewProof { chain_der })).await;
         match renewed {
             // The grace is over, or the federation has lost its CA: the token may still do.
-            Err(ExchangeError::Refused { code: Code::PermissionDenied, .. }) if join.is_some() => {
+            Err(ExchangeError::Refused { code: Code::PermissionDenied, .. }) if first_proof.is_some() => {
                 // The reason why renewal was refused says more than that the token is used up.
-                self.join(join).await.or(renewed)
+                self.begin(first_proof).await.or(renewed)
             }
             renewed => renewed,
         }
     }
 
-    async fn join(&mut self, join: Option<&Path>) -> Result<(Vec<CertificateDer<'static>>, Bundle), ExchangeError> {
-        let token = read_token(join.ok_or(ExchangeError::NoToken)?)?;
-        let proof = JoinProof { entry_id: token.entry_id.to_string(), secret: token.expose_secret().to_vec() };
-        self.issue(Proof::Join(proof)).await
+    async fn begin(
+        &mut self,
+        first_proof: Option<&FirstProof>,
+    ) -> Result<(Vec<CertificateDer<'static>>, Bundle), ExchangeError> {
+        let proof = match first_proof.ok_or(ExchangeError::NoToken)? {
+            FirstProof::Join(file) => {
+                let token: JoinToken = read_token(file)?.parse()?;
+                Proof::Join(JoinProof { entry_id: token.entry_id.to_string(), secret: token.expose_secret().to_vec() })
+            }
+            FirstProof::ServiceAccount(file) => {
+                let token = read_token(file)?.trim().to_owned();
+                let role = match self.asked {
+                    Asked::Workload => String::new(),
+                    Asked::Role(role) => role.to_string(),
+                };
+                Proof::Token(TokenProof { token, role })
+            }
+        };
+        self.issue(proof).await
     }
 
     async fn issue(&mut self, proof: Proof) -> Result<(Vec<CertificateDer<'static>>, Bundle), ExchangeError> {
@@ -117,9 +143,11 @@ fn failed(status: &Status) -> ExchangeError {
     }
 }
 
-fn read_token(path: &Path) -> Result<JoinToken, ExchangeError> {
-    let bytes = Zeroizing::new(std::fs::read(path).map_err(ExchangeError::TokenFile)?);
-    let bounded = bytes.get(..bytes.len().min(TOKEN_LEN_MAX)).unwrap_or_default();
-    let text = std::str::from_utf8(bounded).map_err(|_| NotAJoinToken)?;
-    Ok(text.parse()?)
+fn read_token(path: &Path) -> Result<Zeroizing<String>, ExchangeError> {
+    let mut text = Zeroizing::new(String::new());
+    let read = std::fs::File::open(path).and_then(|file| file.take(TOKEN_LEN_MAX).read_to_string(&mut text));
+    match read {
+        Ok(_) => Ok(text),
+        Err(source) => Err(ExchangeError::TokenFile { path: path.display().to_string(), source }),
+    }
 }

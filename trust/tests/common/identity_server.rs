@@ -12,12 +12,14 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::net::TcpListener;
 use tombolo_api::proto::identity::identity_server::{Identity, IdentityServer};
 use tombolo_api::proto::identity::issue_request::Proof;
-use tombolo_api::proto::identity::{IssueRequest, IssueResponse};
+use tombolo_api::proto::identity::{IssueRequest, IssueResponse, TokenProof};
 use tombolo_core::id::SpiffeId;
 use tombolo_core::join::{JoinEntries, JoinEntryId, JoinKind, JoinToken};
 use tombolo_core::refusal::Refusal;
+use tombolo_core::service_account::{Asked, TokenRefused};
+use tombolo_trust::ca::CheckedCsr;
 use tombolo_trust::grpc::{ALPN_H2, Incoming};
-use tombolo_trust::identity::IdentityConfig;
+use tombolo_trust::identity::{FirstProof, IdentityConfig};
 use tombolo_trust::issuer::{Issued, Issuer};
 use tombolo_trust::peering::sha256;
 use tombolo_trust::store::TrustStore;
@@ -39,6 +41,8 @@ pub struct State {
     pub issuer: Issuer,
     pub entries: Mutex<JoinEntries>,
     pub revoked: Mutex<BTreeSet<SpiffeId>>,
+    /// The service-account token that proves somebody, and whom.
+    pub token: Mutex<Option<(TokenProof, SpiffeId)>>,
     /// What was answered, in order.
     pub log: Mutex<Vec<&'static str>>,
     pub down: AtomicBool,
@@ -55,6 +59,7 @@ impl Federation {
             issuer: Issuer { ca: cluster.ca.clone(), life, grace },
             entries: Mutex::default(),
             revoked: Mutex::default(),
+            token: Mutex::default(),
             log: Mutex::default(),
             down: AtomicBool::new(false),
             lose: AtomicUsize::new(0),
@@ -97,7 +102,8 @@ impl Federation {
         IdentityConfig {
             federation: self.address.to_string(),
             ca: self.cluster.folder.path().join("ca.pem"),
-            join: Some(state.join("token")),
+            first_proof: Some(FirstProof::Join(state.join("token"))),
+            asked: Asked::Workload,
             state: state.to_owned(),
         }
     }
@@ -127,6 +133,14 @@ impl State {
                 let issued = self.issuer.issue_join(&mut entries, &request, now, &revoked);
                 ("join", issued.map(|(issued, _changed)| issued))
             }
+            Proof::Token(proof) => {
+                let proven = self.token.lock().unwrap().clone().filter(|(token, _)| *token == proof);
+                let issued = proven.ok_or_else(|| unknown_token().into()).and_then(|(_, id)| {
+                    let csr = CheckedCsr::new(&request.csr_der)?;
+                    self.issuer.issue(&csr, &id, now, &revoked)
+                });
+                ("token", issued)
+            }
             Proof::Renew(proof) => ("renew", self.issuer.renew(&proof.chain_der, &request.csr_der, now, &revoked)),
         };
         let mut log = self.log.lock().unwrap();
@@ -136,6 +150,10 @@ impl State {
         let lost = self.lose.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
         if lost { Err(Status::unavailable("the answer was lost")) } else { Ok(issued) }
     }
+}
+
+fn unknown_token() -> TokenRefused {
+    TokenRefused::NotAuthenticated { reason: "not the one of the test".into(), audience: "tombolo/east.tombolo".into() }
 }
 
 #[tonic::async_trait]
