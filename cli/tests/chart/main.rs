@@ -76,7 +76,10 @@ fn it_is_linted_and_renders_what_the_golden_files_say() {
     let Some(program) = program() else { return };
     for (case, values) in cases() {
         succeed(&program, &["lint", "--strict", "--values", values.to_str().unwrap()]);
+        // Rights have a test of their own.
         let rendered = render(&program, NAMESPACE, &values);
+        let documents = rendered.split_inclusive("\n---\n").filter(|text| !text.contains("templates/rbac.yaml"));
+        let rendered: String = documents.collect();
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/chart/golden/{case}.yaml"));
         if std::env::var_os(UPDATE).is_some() {
             std::fs::write(&golden, &rendered).unwrap();
@@ -99,6 +102,31 @@ async fn its_definitions_are_those_of_the_program() {
         written.trim() == told.trim(),
         "run `tombolo crds > deploy/helm/tombolo/crds/definitions.yaml`: the kinds have changed"
     );
+}
+
+#[test]
+fn its_rights_are_those_that_are_applied_without_it() {
+    let Some(program) = program() else { return };
+    let file = std::fs::read_to_string(chart().join("../../kubernetes/rbac.yaml")).unwrap();
+    let mut expected = objects(&file);
+    expected.retain(|object| object["kind"] != "Namespace");
+    assert!(expected.len() >= 5, "{expected:#?}");
+    for (case, values) in cases() {
+        let rendered = objects(&render(&program, NAMESPACE, &values));
+        for object in &expected {
+            let same = |other: &&Value| other["kind"] == object["kind"] && name(other) == name(object);
+            let mut found = rendered.iter().find(same).unwrap_or_else(|| panic!("{case}: no {object:#}")).clone();
+            found["metadata"].as_object_mut().unwrap().remove("labels");
+            if object["kind"] == "ServiceAccount" {
+                found.as_object_mut().unwrap().remove("automountServiceAccountToken");
+            }
+            assert_eq!(found, *object, "{case}");
+        }
+        let kinds = ["Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding"];
+        let rights =
+            |objects: &[Value]| objects.iter().filter(|o| kinds.contains(&o["kind"].as_str().unwrap())).count();
+        assert_eq!(rights(&rendered), rights(&expected), "{case} has rights of its own");
+    }
 }
 
 /// Whoever reaches the gateways' TCP port is not authenticated there.
