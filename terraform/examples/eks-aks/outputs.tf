@@ -1,19 +1,9 @@
 output "gateway_values" {
-  description = "By cluster, what its gateway and the Service in front of it must be told."
+  description = "By cluster, values of the Helm chart for its gateways, beside `cluster` and `image`."
   value = {
     west = module.west.gateway_values
     east = module.east.gateway_values
   }
-}
-
-output "service_manifests" {
-  description = "By cluster, the Service in front of the gateway, as YAML for `kubectl apply`; it selects the pods with the label app: tombolo-gateway."
-  value = { for id, values in { west = module.west.gateway_values, east = module.east.gateway_values } : id => yamlencode({
-    apiVersion = "v1"
-    kind       = "Service"
-    metadata   = { name = "tombolo-gateway", namespace = "tombolo-system", annotations = values.service.annotations }
-    spec       = merge(values.service.spec, { selector = { app = "tombolo-gateway" } })
-  }) }
 }
 
 output "peer_manifests" {

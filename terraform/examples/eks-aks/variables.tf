@@ -9,10 +9,11 @@ variable "aws_region" {
 }
 
 variable "eks" {
-  description = "The EKS cluster `west`: its VPC, public subnets for the load balancer, the security group of its nodes, and the addresses from which those reach the internet (NAT gateways). The AWS Load Balancer Controller must run there."
+  description = "The EKS cluster `west`: its VPC, public subnets for the load balancer and their networks, the security group of its nodes, and the addresses from which those reach the internet (NAT gateways). The AWS Load Balancer Controller must run there."
   type = object({
     vpc_id                 = string
     public_subnet_ids      = list(string)
+    public_subnets_ipv4    = list(string)
     node_security_group_id = string
     egress_addresses       = list(string)
   })

@@ -7,6 +7,7 @@ module "west" {
   name                   = "west"
   vpc_id                 = var.eks.vpc_id
   subnet_ids             = var.eks.public_subnet_ids
+  subnets_ipv4           = var.eks.public_subnets_ipv4
   node_security_group_id = var.eks.node_security_group_id
   peers_ipv4             = [for address in var.gke.egress_addresses : "${address}/32"]
 }

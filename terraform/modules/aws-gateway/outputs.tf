@@ -9,35 +9,30 @@ output "addresses" {
 }
 
 output "gateway_values" {
-  description = "What Kubernetes must be told: `gateway`, fields of the gateway's configuration, and `service`, annotations and spec of the Service in front of it."
+  description = "Values of the Helm chart for this cluster's gateways: for `gateway_values` of the module mesh, or for `helm --values`."
   value = {
     gateway = {
-      tunnel    = "0.0.0.0:${var.tunnel_port}"
-      advertise = local.advertise
-      admin     = "0.0.0.0:${var.health_port}"
-    }
-    service = {
-      annotations = {
-        "service.beta.kubernetes.io/aws-load-balancer-scheme"               = "internet-facing"
-        "service.beta.kubernetes.io/aws-load-balancer-nlb-target-type"      = "ip"
-        "service.beta.kubernetes.io/aws-load-balancer-subnets"              = join(",", var.subnet_ids)
-        "service.beta.kubernetes.io/aws-load-balancer-eip-allocations"      = join(",", aws_eip.tunnel[*].allocation_id)
-        "service.beta.kubernetes.io/aws-load-balancer-security-groups"      = aws_security_group.load_balancer.id
-        "service.beta.kubernetes.io/aws-load-balancer-healthcheck-protocol" = "http"
-        "service.beta.kubernetes.io/aws-load-balancer-healthcheck-port"     = tostring(var.health_port)
-        "service.beta.kubernetes.io/aws-load-balancer-healthcheck-path"     = "/readyz"
-      }
-      spec = {
+      advertise  = local.advertise
+      tunnelPort = var.tunnel_port
+      adminPort  = var.health_port
+      service = {
         type                  = "LoadBalancer"
         loadBalancerClass     = "service.k8s.aws/nlb"
         externalTrafficPolicy = "Local"
-        ports = [{
-          name       = "tunnel"
-          protocol   = "UDP"
-          port       = var.tunnel_port
-          targetPort = var.tunnel_port
-        }]
+        annotations = {
+          "service.beta.kubernetes.io/aws-load-balancer-scheme"               = "internet-facing"
+          "service.beta.kubernetes.io/aws-load-balancer-nlb-target-type"      = "ip"
+          "service.beta.kubernetes.io/aws-load-balancer-subnets"              = join(",", var.subnet_ids)
+          "service.beta.kubernetes.io/aws-load-balancer-eip-allocations"      = join(",", aws_eip.tunnel[*].allocation_id)
+          "service.beta.kubernetes.io/aws-load-balancer-security-groups"      = aws_security_group.load_balancer.id
+          "service.beta.kubernetes.io/aws-load-balancer-healthcheck-protocol" = "http"
+          "service.beta.kubernetes.io/aws-load-balancer-healthcheck-port"     = tostring(var.health_port)
+          "service.beta.kubernetes.io/aws-load-balancer-healthcheck-path"     = "/readyz"
+        }
       }
+    }
+    networkPolicy = {
+      adminFrom = [for network in var.subnets_ipv4 : { ipBlock = { cidr = network } }]
     }
   }
 }

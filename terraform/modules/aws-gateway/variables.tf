@@ -33,6 +33,16 @@ variable "subnet_ids" {
   }
 }
 
+variable "subnets_ipv4" {
+  description = "IPv4 networks of `subnet_ids`: from there the load balancer asks gateways for their health, which the chart's NetworkPolicy must let it do."
+  type        = list(string)
+
+  validation {
+    condition     = length(var.subnets_ipv4) == length(var.subnet_ids) && alltrue([for network in var.subnets_ipv4 : can(cidrnetmask(network))])
+    error_message = "subnets_ipv4 must be the IPv4 network of each subnet of subnet_ids: 10.0.0.0/20."
+  }
+}
+
 variable "node_security_group_id" {
   description = "Security group of the nodes or pods on which gateways run; it is opened to the load balancer for the tunnel's and the health check's port."
   type        = string

@@ -9,27 +9,19 @@ output "addresses" {
 }
 
 output "gateway_values" {
-  description = "What Kubernetes must be told: `gateway`, fields of the gateway's configuration, and `service`, annotations and spec of the Service in front of it."
+  description = "Values of the Helm chart for this cluster's gateways: for `gateway_values` of the module mesh, or for `helm --values`."
   value = {
     gateway = {
-      tunnel    = "0.0.0.0:${var.tunnel_port}"
-      advertise = local.advertise
-    }
-    service = {
-      annotations = {
-        "service.beta.kubernetes.io/azure-load-balancer-resource-group" = var.resource_group.name
-        "service.beta.kubernetes.io/azure-pip-name"                     = azurerm_public_ip.tunnel.name
-      }
-      spec = {
+      advertise  = local.advertise
+      tunnelPort = var.tunnel_port
+      service = {
         type                     = "LoadBalancer"
         loadBalancerSourceRanges = var.peers_ipv4
         externalTrafficPolicy    = "Local"
-        ports = [{
-          name       = "tunnel"
-          protocol   = "UDP"
-          port       = var.tunnel_port
-          targetPort = var.tunnel_port
-        }]
+        annotations = {
+          "service.beta.kubernetes.io/azure-load-balancer-resource-group" = var.resource_group.name
+          "service.beta.kubernetes.io/azure-pip-name"                     = azurerm_public_ip.tunnel.name
+        }
       }
     }
   }

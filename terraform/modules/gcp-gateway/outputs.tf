@@ -9,28 +9,20 @@ output "addresses" {
 }
 
 output "gateway_values" {
-  description = "What Kubernetes must be told: `gateway`, fields of the gateway's configuration, and `service`, annotations and spec of the Service in front of it."
+  description = "Values of the Helm chart for this cluster's gateways: for `gateway_values` of the module mesh, or for `helm --values`."
   value = {
     gateway = {
-      tunnel    = "0.0.0.0:${var.tunnel_port}"
-      advertise = local.advertise
-    }
-    service = {
-      annotations = {
-        "cloud.google.com/l4-rbs"       = "enabled"
-        "cloud.google.com/network-tier" = title(lower(var.network_tier))
-      }
-      spec = {
+      advertise  = local.advertise
+      tunnelPort = var.tunnel_port
+      service = {
         type                     = "LoadBalancer"
         loadBalancerIP           = google_compute_address.tunnel.address
         loadBalancerSourceRanges = var.peers_ipv4
         externalTrafficPolicy    = "Local"
-        ports = [{
-          name       = "tunnel"
-          protocol   = "UDP"
-          port       = var.tunnel_port
-          targetPort = var.tunnel_port
-        }]
+        annotations = {
+          "cloud.google.com/l4-rbs"       = "enabled"
+          "cloud.google.com/network-tier" = title(lower(var.network_tier))
+        }
       }
     }
   }

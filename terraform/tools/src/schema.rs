@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::proto::get_provider_schema::Response;
 use crate::proto::schema::nested_block::NestingMode;
+use crate::proto::schema::object;
 use crate::proto::{Schema, schema};
 
 #[derive(Deserialize)]
@@ -36,7 +37,8 @@ struct BlockJson {
 
 #[derive(Deserialize)]
 struct AttributeJson {
-    r#type: serde_json::Value,
+    r#type: Option<serde_json::Value>,
+    nested_type: Option<ObjectJson>,
     #[serde(default)]
     required: bool,
     #[serde(default)]
@@ -45,6 +47,13 @@ struct AttributeJson {
     computed: bool,
     #[serde(default)]
     write_only: bool,
+}
+
+/// An attribute with attributes of its own, written `name = {...}`.
+#[derive(Deserialize)]
+struct ObjectJson {
+    nesting_mode: String,
+    attributes: BTreeMap<String, AttributeJson>,
 }
 
 #[derive(Deserialize)]
@@ -92,14 +101,6 @@ fn schema_of(json: SchemaJson) -> anyhow::Result<Schema> {
 }
 
 fn block_of(json: BlockJson) -> anyhow::Result<schema::Block> {
-    let attributes = json.attributes.into_iter().map(|(name, attribute)| schema::Attribute {
-        name,
-        r#type: attribute.r#type.to_string().into_bytes(),
-        required: attribute.required,
-        optional: attribute.optional,
-        computed: attribute.computed,
-        write_only: attribute.write_only,
-    });
     let blocks = json.block_types.into_iter().map(|(type_name, nested)| {
         let nesting = match nested.nesting_mode.as_str() {
             "single" => NestingMode::Single,
@@ -118,9 +119,37 @@ fn block_of(json: BlockJson) -> anyhow::Result<schema::Block> {
     });
     Ok(schema::Block {
         version: 0,
-        attributes: attributes.collect(),
+        attributes: attributes_of(json.attributes)?,
         block_types: blocks.collect::<anyhow::Result<_>>()?,
     })
+}
+
+fn attributes_of(attributes: BTreeMap<String, AttributeJson>) -> anyhow::Result<Vec<schema::Attribute>> {
+    let attributes = attributes.into_iter().map(|(name, attribute)| {
+        let nested = attribute.nested_type.map(object_of).transpose().with_context(|| name.clone())?;
+        ensure!(attribute.r#type.is_some() != nested.is_some(), "{name}: it must have a type or a nested type");
+        Ok(schema::Attribute {
+            name,
+            r#type: attribute.r#type.map(|json| json.to_string().into_bytes()).unwrap_or_default(),
+            nested_type: nested,
+            required: attribute.required,
+            optional: attribute.optional,
+            computed: attribute.computed,
+            write_only: attribute.write_only,
+        })
+    });
+    attributes.collect()
+}
+
+fn object_of(json: ObjectJson) -> anyhow::Result<schema::Object> {
+    let nesting = match json.nesting_mode.as_str() {
+        "single" => object::NestingMode::Single,
+        "list" => object::NestingMode::List,
+        "set" => object::NestingMode::Set,
+        "map" => object::NestingMode::Map,
+        other => bail!("unknown nesting mode {other:?}"),
+    };
+    Ok(schema::Object { attributes: attributes_of(json.attributes)?, nesting: nesting.into() })
 }
 
 #[cfg(test)]
@@ -156,8 +185,24 @@ mod tests {
     }
 
     #[test]
+    fn nested_attributes_are_attributes() {
+        let block = r#"{"attributes": {"set": {"optional": true, "nested_type": {"nesting_mode": "list",
+            "attributes": {"name": {"type": "string", "required": true}}}}}}"#;
+        let response = read(&document(block)).unwrap();
+        let attribute = &response.resource_schemas["x_y"].block.as_ref().unwrap().attributes[0];
+        let nested = attribute.nested_type.as_ref().unwrap();
+        assert_eq!((attribute.r#type.is_empty(), nested.nesting()), (true, object::NestingMode::List));
+        assert!(nested.attributes[0].required);
+        let neither = read(&document(r#"{"attributes": {"set": {"optional": true}}}"#)).unwrap_err().to_string();
+        assert!(neither.contains("set: it must have a type"), "{neither}");
+    }
+
+    #[test]
     fn a_nesting_mode_that_is_not_known_is_named() {
         let block = r#"{"block_types": {"rule": {"nesting_mode": "tree", "block": {}}}}"#;
         assert!(read(&document(block)).unwrap_err().to_string().contains("rule: unknown nesting mode \"tree\""));
+        let nested = r#"{"attributes": {"rule": {"nested_type": {"nesting_mode": "tree", "attributes": {}}}}}"#;
+        let error = format!("{:#}", read(&document(nested)).unwrap_err());
+        assert!(error.contains("rule: unknown nesting mode \"tree\""), "{error}");
     }
 }

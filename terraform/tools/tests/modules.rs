@@ -37,6 +37,18 @@ fn source(root: &str) -> String {
     files.iter().map(|path| fs::read_to_string(path).unwrap()).collect()
 }
 
+/// A mock for each provider that the source needs, and for each of its aliases.
+fn mocks(source: &str) -> serde_json::Map<String, Value> {
+    let alias = Regex::new(r#"provider "(\w+)" \{\n +alias += "(\w+)""#).unwrap();
+    let needed = PROVIDERS.iter().filter(|name| source.contains(&format!("hashicorp/{name}\"")));
+    let mock = |name: &&str| {
+        let aliases = alias.captures_iter(source).filter(|found| found[1] == **name);
+        let aliases: Vec<Value> = aliases.map(|found| json!({ "alias": &found[2] })).collect();
+        ((*name).to_owned(), if aliases.is_empty() { json!({}) } else { aliases.into() })
+    };
+    needed.map(mock).collect()
+}
+
 #[test]
 fn everything_is_formatted() {
     let Some(terraform) = terraform() else { return };
@@ -97,8 +109,7 @@ fn every_validation_refuses_with_its_message() {
             let mut variables = refusals["base"].clone();
             variables.as_object_mut().unwrap().extend(case["set"].as_object().unwrap().clone());
             let mut test = json!({ "variables": variables, "run": { "refused": { "command": "plan" } } });
-            let mocks = PROVIDERS.iter().filter(|name| source(&root).contains(&format!("hashicorp/{name}\"")));
-            let mocks: serde_json::Map<String, Value> = mocks.map(|name| ((*name).to_owned(), json!({}))).collect();
+            let mocks = mocks(&source(&root));
             if !mocks.is_empty() {
                 test["mock_provider"] = mocks.into();
             }
@@ -124,7 +135,7 @@ fn the_schemas_find_mistakes() {
     let Some(copy) = Copy::new() else { return };
     let folder = copy.folder("scratch");
     fs::create_dir(&folder).unwrap();
-    let header = "terraform {\n  required_providers {\n    aws = { source = \"hashicorp/aws\" }\n    azurerm = { source = \"hashicorp/azurerm\" }\n  }\n}\n";
+    let header = "terraform {\n  required_providers {\n    aws = { source = \"hashicorp/aws\" }\n    azurerm = { source = \"hashicorp/azurerm\" }\n    helm = { source = \"hashicorp/helm\" }\n    kubernetes = { source = \"hashicorp/kubernetes\" }\n  }\n}\n";
     let cases = [
         ("resource \"aws_eip\" \"a\" { domain = \"vpc\" }", None),
         ("resource \"aws_eip\" \"a\" { domian = \"vpc\" }", Some("An argument named \"domian\" is not expected here")),
@@ -152,6 +163,26 @@ fn the_schemas_find_mistakes() {
         (
             "resource \"aws_vpc_security_group_ingress_rule\" \"a\" { ip_protocol = \"udp\" }",
             Some("\"security_group_id\" is required"),
+        ),
+        (
+            "provider \"helm\" {\n  kubernetes = { config_context = \"x\" }\n}\nresource \"helm_release\" \"a\" {\n  name = \"a\"\n  chart = \"x\"\n}",
+            None,
+        ),
+        (
+            "provider \"helm\" {\n  kubernetes {}\n}\nresource \"helm_release\" \"a\" {\n  name = \"a\"\n  chart = \"x\"\n}",
+            Some("Blocks of type \"kubernetes\" are not expected here"),
+        ),
+        (
+            "provider \"helm\" {\n  kubernetes = { config_path = [\"x\"] }\n}\nresource \"helm_release\" \"a\" {\n  name = \"a\"\n  chart = \"x\"\n}",
+            Some("Inappropriate value for attribute \"kubernetes\": attribute \"config_path\": string required"),
+        ),
+        (
+            "resource \"helm_release\" \"a\" {\n  name = \"a\"\n  chart = \"x\"\n  values = \"x\"\n}",
+            Some("Inappropriate value for attribute \"values\": list of string required"),
+        ),
+        (
+            "resource \"kubernetes_secret_v1\" \"a\" {\n  metadata {}\n  data_write_only = {}\n}",
+            Some("An argument named \"data_write_only\" is not expected here"),
         ),
         ("resource \"aws_lb\" \"a\" {}", Some("does not support resource type \"aws_lb\"")),
         (

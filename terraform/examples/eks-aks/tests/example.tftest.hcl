@@ -17,6 +17,7 @@ variables {
   eks = {
     vpc_id                 = "vpc-0123456789abcdef0"
     public_subnet_ids      = ["subnet-aaaa1111"]
+    public_subnets_ipv4    = ["10.0.0.0/20"]
     node_security_group_id = "sg-0de50000"
     egress_addresses       = ["192.0.2.1", "192.0.2.2"]
   }
@@ -38,13 +39,13 @@ run "before_the_federations_run" {
   }
 
   assert {
-    condition     = yamldecode(output.service_manifests.east).spec.loadBalancerSourceRanges == ["192.0.2.1/32", "192.0.2.2/32"]
+    condition     = output.gateway_values.east.gateway.service.loadBalancerSourceRanges == tolist(["192.0.2.1/32", "192.0.2.2/32"])
     error_message = "east admits west's nodes only"
   }
 
   assert {
-    condition     = yamldecode(output.service_manifests.west).spec.selector == { app = "tombolo-gateway" } && yamldecode(output.service_manifests.west).metadata.annotations == output.gateway_values.west.service.annotations
-    error_message = "the Service of west"
+    condition     = output.gateway_values.west.gateway.advertise == ["198.51.100.1:15443"] && output.gateway_values.west.networkPolicy.adminFrom == [{ ipBlock = { cidr = "10.0.0.0/20" } }]
+    error_message = "west says where it is dialled, and its load balancer may ask for its health"
   }
 }
 

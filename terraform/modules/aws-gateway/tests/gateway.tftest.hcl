@@ -22,6 +22,7 @@ variables {
   name                   = "west"
   vpc_id                 = "vpc-0123456789abcdef0"
   subnet_ids             = ["subnet-aaaa1111", "subnet-bbbb2222"]
+  subnets_ipv4           = ["10.0.0.0/20", "10.0.16.0/20"]
   node_security_group_id = "sg-0de50000"
   peers_ipv4             = ["203.0.113.0/24", "192.0.2.7/32"]
 }
@@ -105,27 +106,27 @@ run "by_name" {
   assert {
     condition = jsonencode(output.gateway_values) == jsonencode({
       gateway = {
-        tunnel    = "0.0.0.0:443"
-        advertise = ["gw.west.example.com:443"]
-        admin     = "0.0.0.0:8080"
-      }
-      service = {
-        annotations = {
-          "service.beta.kubernetes.io/aws-load-balancer-scheme"               = "internet-facing"
-          "service.beta.kubernetes.io/aws-load-balancer-nlb-target-type"      = "ip"
-          "service.beta.kubernetes.io/aws-load-balancer-subnets"              = "subnet-aaaa1111,subnet-bbbb2222"
-          "service.beta.kubernetes.io/aws-load-balancer-eip-allocations"      = "eipalloc-1,eipalloc-2"
-          "service.beta.kubernetes.io/aws-load-balancer-security-groups"      = "sg-10adba1a"
-          "service.beta.kubernetes.io/aws-load-balancer-healthcheck-protocol" = "http"
-          "service.beta.kubernetes.io/aws-load-balancer-healthcheck-port"     = "8080"
-          "service.beta.kubernetes.io/aws-load-balancer-healthcheck-path"     = "/readyz"
-        }
-        spec = {
+        advertise  = ["gw.west.example.com:443"]
+        tunnelPort = 443
+        adminPort  = 8080
+        service = {
           type                  = "LoadBalancer"
           loadBalancerClass     = "service.k8s.aws/nlb"
           externalTrafficPolicy = "Local"
-          ports                 = [{ name = "tunnel", protocol = "UDP", port = 443, targetPort = 443 }]
+          annotations = {
+            "service.beta.kubernetes.io/aws-load-balancer-scheme"               = "internet-facing"
+            "service.beta.kubernetes.io/aws-load-balancer-nlb-target-type"      = "ip"
+            "service.beta.kubernetes.io/aws-load-balancer-subnets"              = "subnet-aaaa1111,subnet-bbbb2222"
+            "service.beta.kubernetes.io/aws-load-balancer-eip-allocations"      = "eipalloc-1,eipalloc-2"
+            "service.beta.kubernetes.io/aws-load-balancer-security-groups"      = "sg-10adba1a"
+            "service.beta.kubernetes.io/aws-load-balancer-healthcheck-protocol" = "http"
+            "service.beta.kubernetes.io/aws-load-balancer-healthcheck-port"     = "8080"
+            "service.beta.kubernetes.io/aws-load-balancer-healthcheck-path"     = "/readyz"
+          }
         }
+      }
+      networkPolicy = {
+        adminFrom = [{ ipBlock = { cidr = "10.0.0.0/20" } }, { ipBlock = { cidr = "10.0.16.0/20" } }]
       }
     })
     error_message = "what the Service and the gateway are told"

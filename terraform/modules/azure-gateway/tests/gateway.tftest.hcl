@@ -96,19 +96,16 @@ run "by_name" {
   assert {
     condition = jsonencode(output.gateway_values) == jsonencode({
       gateway = {
-        tunnel    = "0.0.0.0:443"
-        advertise = ["gw.north.example.com:443"]
-      }
-      service = {
-        annotations = {
-          "service.beta.kubernetes.io/azure-load-balancer-resource-group" = "mesh"
-          "service.beta.kubernetes.io/azure-pip-name"                     = "north-tunnel"
-        }
-        spec = {
+        advertise  = ["gw.north.example.com:443"]
+        tunnelPort = 443
+        service = {
           type                     = "LoadBalancer"
           loadBalancerSourceRanges = ["203.0.113.0/24", "192.0.2.7/32"]
           externalTrafficPolicy    = "Local"
-          ports                    = [{ name = "tunnel", protocol = "UDP", port = 443, targetPort = 443 }]
+          annotations = {
+            "service.beta.kubernetes.io/azure-load-balancer-resource-group" = "mesh"
+            "service.beta.kubernetes.io/azure-pip-name"                     = "north-tunnel"
+          }
         }
       }
     })

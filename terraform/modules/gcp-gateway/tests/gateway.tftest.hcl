@@ -28,7 +28,7 @@ run "by_address" {
   }
 
   assert {
-    condition     = google_compute_address.tunnel.network_tier == "PREMIUM" && output.gateway_values.service.annotations["cloud.google.com/network-tier"] == "Premium"
+    condition     = google_compute_address.tunnel.network_tier == "PREMIUM" && output.gateway_values.gateway.service.annotations["cloud.google.com/network-tier"] == "Premium"
     error_message = "the tier is Premium unless said otherwise, at the address and at the load balancer alike"
   }
 }
@@ -80,20 +80,17 @@ run "by_name" {
   assert {
     condition = jsonencode(output.gateway_values) == jsonencode({
       gateway = {
-        tunnel    = "0.0.0.0:443"
-        advertise = ["gw.east.example.com:443"]
-      }
-      service = {
-        annotations = {
-          "cloud.google.com/l4-rbs"       = "enabled"
-          "cloud.google.com/network-tier" = "Standard"
-        }
-        spec = {
+        advertise  = ["gw.east.example.com:443"]
+        tunnelPort = 443
+        service = {
           type                     = "LoadBalancer"
           loadBalancerIP           = "198.51.100.7"
           loadBalancerSourceRanges = ["203.0.113.0/24", "192.0.2.7/32"]
           externalTrafficPolicy    = "Local"
-          ports                    = [{ name = "tunnel", protocol = "UDP", port = 443, targetPort = 443 }]
+          annotations = {
+            "cloud.google.com/l4-rbs"       = "enabled"
+            "cloud.google.com/network-tier" = "Standard"
+          }
         }
       }
     })

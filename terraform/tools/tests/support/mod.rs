@@ -11,7 +11,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tombolo_testbed::terraform::{NEEDED, command};
 
-pub const PROVIDERS: [&str; 3] = ["aws", "azurerm", "google"];
+pub const PROVIDERS: [&str; 5] = ["aws", "azurerm", "google", "helm", "kubernetes"];
+
 pub fn terraform_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
