@@ -29,7 +29,7 @@ use tombolo_core::policy::set::Policy;
 
 pub use convert::declared;
 pub use crd::definitions;
-pub use read::{DOCUMENTS_MAX, Document, Unreadable, access_policies, documents};
+pub use read::{DOCUMENTS_MAX, Document, RawDocument, Unreadable, access_policies, documents, raw_documents};
 pub use route::WrittenRoute;
 pub use value::{closed_policy, from_value};
 

@@ -5,6 +5,7 @@
 
 pub mod convert;
 pub mod frame;
+pub mod inject;
 pub mod k8s;
 pub mod policy;
 

@@ -1,13 +1,13 @@
 //! The command line, as `--help` shows it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use tombolo_core::capture::{Cgroup, Interface, parse_range};
-use tombolo_core::id::{ClusterId, ServiceName, SpiffeId};
+use tombolo_core::id::{ClusterId, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::model::ServiceSelector;
 
 /// Ties Kubernetes clusters, clouds and plain machines into one service network.
@@ -49,6 +49,8 @@ pub enum Command {
     Restore(RestoreCommand),
     /// Print the CustomResourceDefinitions of every kind that tombolo brings along, for `kubectl apply -f -`
     Crds(CrdsCommand),
+    /// Give the Pods of a file of Kubernetes manifests their sidecars, as the admission webhook does
+    Inject(InjectCommand),
     /// Run the federation service: catalogue, trust, peer sync
     Federation(StartRole),
     /// Run an east-west gateway: QUIC tunnels to other clusters
@@ -445,6 +447,52 @@ pub struct CrdsCommand {
     /// Only those of one API group: `tombolo.dev` where the cluster has the Multi-Cluster Services API already
     #[arg(long, value_name = "GROUP")]
     pub group: Option<String>,
+}
+
+#[derive(Args)]
+pub struct InjectCommand {
+    /// YAML file with Deployments, StatefulSets, DaemonSets, Jobs, CronJobs or Pods; `-` for standard input
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// Image with the tombolo binary
+    #[arg(long, value_name = "IMAGE")]
+    pub image: String,
+
+    /// Image of the container that writes the packet filter's rules: tombolo and nft [default: the same]
+    #[arg(long, value_name = "IMAGE")]
+    pub capture_image: Option<String>,
+
+    /// Where Pods reach the federation's discovery
+    #[arg(long, default_value = "tombolo-federation.tombolo-system.svc:15010", value_name = "HOST:PORT")]
+    pub federation: String,
+
+    /// Trust domain of the cluster: whom the Pods' tokens are for
+    #[arg(long, value_name = "DOMAIN")]
+    pub trust_domain: TrustDomain,
+
+    /// Namespace of objects that name none
+    #[arg(long, short, value_name = "NAMESPACE")]
+    pub namespace: Option<String>,
+
+    /// What namespaces enforce that are not in the file (Pod Security Standards)
+    #[arg(long, value_enum, default_value_t = SecurityLevel::Privileged)]
+    pub pod_security: SecurityLevel,
+
+    /// The cluster's DNS servers, for Pods that ask their sidecar alone (tombolo.dev/capture: dns)
+    #[arg(long, value_delimiter = ',', value_name = "ADDRESS")]
+    pub cluster_dns: Vec<IpAddr>,
+
+    /// Domain of the cluster's own names
+    #[arg(long, default_value = "cluster.local", value_name = "DOMAIN")]
+    pub cluster_domain: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SecurityLevel {
+    Privileged,
+    Baseline,
+    Restricted,
 }
 
 #[derive(Args)]

@@ -4,6 +4,7 @@ mod agent;
 mod args;
 mod capture;
 mod demo;
+mod inject;
 mod operator;
 mod role;
 
@@ -48,6 +49,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Backup(command) => operator::backup::backup(&command),
         Command::Restore(command) => operator::backup::restore(&command),
         Command::Crds(command) => operator::crds::run(&command),
+        Command::Inject(command) => inject::run(&command),
         Command::Demo(options) => demo::run(options),
         Command::DemoApp(options) => demo::app::run(options),
         Command::Version => {

@@ -35,6 +35,7 @@ fn every_command_explains_itself() {
         &["backup", "--help"],
         &["restore", "--help"],
         &["crds", "--help"],
+        &["inject", "--help"],
         &["demo", "--help"],
     ] {
         let output = tombolo(command);
@@ -113,5 +114,5 @@ fn the_configuration_reference_is_valid() {
         assert!(output.status.success(), "{}", errors(&output));
         checked.push(role);
     }
-    assert_eq!(checked, ["federation", "federation", "gateway", "sidecar", "agent"]);
+    assert_eq!(checked, ["federation", "federation", "federation", "gateway", "sidecar", "agent"]);
 }

@@ -89,3 +89,45 @@ async fn names_of_the_clusterset_and_all_others_are_resolved_with_and_without_a_
     east.stop().await;
     west.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_lead_to_loopback_where_nothing_is_redirected() {
+    let Some(()) = installed(&["dig"]) else { return };
+    let world = World::new().await;
+    let (mut east, mut west) = (world.cluster("east").await, world.cluster("west").await);
+    let app = app::http("west-web").await;
+    // Ports that nobody has: they are listened at here.
+    let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (port, own) = (free(), free());
+    west.declare_service("shop", "web", &[("http", port), ("own", own)]).unwrap();
+    west.declare_service("shop", "db", &[("tcp", own)]).unwrap();
+    let service = json!({ "service": "shop/web", "port": port, "app": app.address, "protocol": "http" });
+    let config = json!({ "services": [service] });
+    west.start_sidecar(Sidecar { name: "web", workload: "shop/web", config }).await.unwrap();
+    west.operator(&["export", "shop/web"]).await.unwrap();
+    west.operator(&["export", "shop/db"]).await.unwrap();
+    link(&east, &west).await;
+    let ordinary = resolver::start("127.0.0.1:0".parse().unwrap(), Ipv4Addr::new(192, 0, 2, 80)).await;
+    let dns = json!({ "listen": ["127.0.0.1:0"], "upstreams": [ordinary], "loopback": { "exceptPorts": [own] } });
+    let sidecar = Sidecar { name: "frontend", workload: "shop/frontend", config: json!({ "dns": dns }) };
+    let frontend = east.start_sidecar(sidecar).await.unwrap();
+    let server = frontend.address("dns-0").unwrap();
+
+    let address: Ipv4Addr = resolved(server, &[WEB]).await;
+    assert_eq!(address.octets()[..2], [127, 240], "{address}");
+    assert_eq!(resolved::<Ipv6Addr>(server, &["AAAA", WEB]).await, address.to_ipv6_mapped());
+    let web = SocketAddr::from((address, port));
+    until("the application of the other cluster", async || get(web, "/").await.contains("west-web").then_some(()))
+        .await;
+    // The port that the application has itself is left to it, so a service with no other can't be found here.
+    assert!(tokio::net::TcpStream::connect((address, own)).await.is_err());
+    assert!(dig(server, &["db.shop.svc.clusterset.local"]).await.contains("status: SERVFAIL"));
+    assert!(dig(server, &["none.shop.svc.clusterset.local"]).await.contains("status: NXDOMAIN"));
+    assert!(dig(server, &["www.example.com"]).await.contains("192.0.2.80"));
+
+    // Whoever remembers the address of a service that has gone is refused.
+    west.operator(&["unexport", "shop/web"]).await.unwrap();
+    until("the service to be gone", async || (!get(web, "/").await.contains("west-web")).then_some(())).await;
+    east.stop().await;
+    west.stop().await;
+}

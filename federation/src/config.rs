@@ -14,6 +14,8 @@ use tombolo_runtime::config::{Problem, Validate};
 use tombolo_runtime::logging::LogConfig;
 use tombolo_runtime::telemetry::TelemetryConfig;
 
+use crate::webhook::config::InjectionConfig;
+
 /// Shortest and longest life of an SVID that makes sense: renewal happens at half of it.
 const SVID_LIFE_MIN: Duration = Duration::from_secs(4);
 /// Below it an API server that is slow for a moment changes the leader.
@@ -39,6 +41,8 @@ pub struct Config {
     pub legs: SocketAddr,
     #[serde(default = "default_admin")]
     pub admin: SocketAddr,
+    /// The admission webhook that gives Pods their sidecars; none if absent. It needs an API server as the source.
+    pub injection: Option<InjectionConfig>,
     /// How long an SVID lives; it is renewed at half of that.
     #[serde(default = "default_svid_life", with = "humantime_serde")]
     pub svid_life: Duration,
@@ -153,6 +157,12 @@ impl Validate for Config {
                 problems.push(Problem::new("source.kubernetes.context", "needs kubeconfig beside it"));
             }
             SourceConfig::Directory(_) | SourceConfig::Kubernetes(_) => {}
+        }
+        if let Some(injection) = &self.injection {
+            injection.problems(&mut problems);
+            if let SourceConfig::Directory(_) = &self.source {
+                problems.push(Problem::new("injection", "needs source.kubernetes: an API server has to ask"));
+            }
         }
         if let SourceConfig::Kubernetes(kubernetes) = &self.source {
             let duration = kubernetes.lease_duration;

@@ -21,6 +21,7 @@ pub mod store;
 pub mod sync;
 #[cfg(test)]
 mod testing;
+pub mod webhook;
 
 pub use config::Config;
 pub use run::{ROLE, run};

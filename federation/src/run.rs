@@ -43,6 +43,7 @@ use crate::source::{self, SourceHandle, SourceSettings};
 use crate::store::{Store, StoreError};
 use crate::sync::publisher::Publisher;
 use crate::sync::subscriber::{self, Subscriber};
+use crate::webhook;
 
 /// The name under which a federation announces its addresses, and of its metrics.
 pub const ROLE: &str = "federation";
@@ -133,6 +134,7 @@ async fn lead(
     let allocator = Allocator::start(hub.clone(), base.store.clone(), ranges, &process.metrics).await?;
     tasks.spawn(allocator.run());
     let identity = identity_server(&config, &opened, &base, &process.metrics);
+    let webhook = start_webhook(&config, &opened, &base, &process.metrics, &mut tasks).await?;
     if let OpenedSource::Kubernetes { client, .. } = opened {
         tasks.spawn(Writer::new(client, leadership, hub.clone(), source.state(), &process.metrics).run());
     }
@@ -157,7 +159,8 @@ async fn lead(
     servers.spawn(async move { serve_operator.await.context("the operator's socket") });
 
     let addresses = [("discovery", discovery_address), ("legs", legs_address), ("admin", admin.address())];
-    process::announce(&config.state, ROLE, &addresses.into())
+    let addresses = addresses.into_iter().chain(webhook.map(|address| ("webhook", address)));
+    process::announce(&config.state, ROLE, &addresses.collect())
         .context("announcing the addresses in the state directory")?;
     tracing::info!(cluster = %config.cluster, %discovery_address, %legs_address, "federation listens");
 
@@ -300,6 +303,30 @@ async fn start_source(
     let (fed, hub) = (source.clone(), hub.clone());
     tasks.spawn(async move { source::feed(&fed, hub).await });
     Ok(source)
+}
+
+async fn start_webhook(
+    config: &Config,
+    opened: &OpenedSource,
+    base: &Base,
+    metrics: &Metrics,
+    tasks: &mut JoinSet<()>,
+) -> anyhow::Result<Option<SocketAddr>> {
+    let (Some(injection), OpenedSource::Kubernetes { client, .. }, SourceConfig::Kubernetes(kubernetes)) =
+        (&config.injection, opened, &config.source)
+    else {
+        return Ok(None);
+    };
+    let start = webhook::Start {
+        client: client.clone(),
+        config: injection,
+        cluster: &config.cluster,
+        namespace: &kubernetes.namespace,
+        trust_domain: &config.trust_domain(),
+        ca: &base.ca,
+        metrics,
+    };
+    webhook::start(start, tasks).await.map(Some)
 }
 
 fn identity_server(

@@ -69,8 +69,12 @@ pub fn start(
     let inbound = listen_inbound(config.inbound).with_context(|| listening("inbound", config.inbound))?;
     let mut bound = named("captured-outbound", &outbound)?;
     bound.extend(named("captured-inbound", &inbound)?);
-    outbound.into_iter().for_each(|listener| drop(tokio::spawn(run(captured_outbound.clone(), listener))));
-    inbound.into_iter().for_each(|listener| drop(tokio::spawn(run(captured_inbound.clone(), listener))));
+    outbound
+        .into_iter()
+        .for_each(|listener| drop(tokio::spawn(run(captured_outbound.clone(), listener, Origin::Redirected))));
+    inbound
+        .into_iter()
+        .for_each(|listener| drop(tokio::spawn(run(captured_inbound.clone(), listener, Origin::Redirected))));
     Ok(bound)
 }
 
@@ -109,7 +113,7 @@ fn listen_too(first: TcpListener, address: IpAddr, port: u16) -> io::Result<Vec<
     }
 }
 
-fn listen(address: IpAddr, port: u16) -> io::Result<TcpListener> {
+pub(crate) fn listen(address: IpAddr, port: u16) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
     if address.is_ipv6() {
@@ -134,8 +138,17 @@ pub trait Captured: Send + Sync + 'static {
     ) -> impl Future<Output = ()> + Send;
 }
 
+/// Where connections to a listener were going.
+#[derive(Debug, Clone, Copy)]
+pub enum Origin {
+    /// Wherever the packet filter has them from.
+    Redirected,
+    /// The address for which it listens.
+    Fixed(SocketAddr),
+}
+
 /// Accepts until the drain begins; what is open then goes on.
-pub async fn run(captured: Arc<impl Captured>, listener: TcpListener) {
+pub async fn run(captured: Arc<impl Captured>, listener: TcpListener, origin: Origin) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -158,7 +171,11 @@ pub async fn run(captured: Arc<impl Captured>, listener: TcpListener) {
             let _held = (permit, captured.drain().track());
             // Fails only on a socket that is gone already.
             let _ = connection.set_nodelay(true);
-            match origin::original_destination(&connection) {
+            let destination = match origin {
+                Origin::Redirected => origin::original_destination(&connection),
+                Origin::Fixed(origin) => Ok(origin),
+            };
+            match destination {
                 Ok(origin) => captured.serve(connection, origin::plain(peer), origin).await,
                 Err(error) => refuse(captured.observed(), connection, Refusal::NotRedirected, &error),
             }

@@ -1,5 +1,6 @@
 //! The sidecar's configuration: one YAML file, parsed once.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use tombolo_runtime::telemetry::TelemetryConfig;
 
 use crate::capture::config::CaptureConfig;
 use crate::dns::config::DnsConfig;
+use crate::probes::ProbesConfig;
 
 /// Everything a sidecar is told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -44,6 +46,8 @@ pub struct Config {
     pub capture: Option<CaptureConfig>,
     /// A DNS server for names of the clusterset and all others; none if absent.
     pub dns: Option<DnsConfig>,
+    /// Probes that are answered in the application's place; none if absent.
+    pub probes: Option<ProbesConfig>,
     /// host:port at which gateways and other sidecars of this cluster reach `inbound`; its bound address if absent.
     pub advertise: Option<String>,
     /// What the application behind this sidecar serves.
@@ -193,6 +197,9 @@ impl HealthConfig {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct HttpCheck {
     pub path: String,
+    /// Sent with the request; `host` among them names whom it is for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub headers: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -308,6 +315,14 @@ impl Validate for Config {
         }
         if let Some(dns) = &self.dns {
             dns.problems(&mut problems);
+            if dns.loopback.is_some() && self.capture.is_some() {
+                let reason =
+                    "has no use beside capture, which takes connections to virtual addresses; leave out one of both";
+                problems.push(Problem::new("dns.loopback", reason));
+            }
+        }
+        if let Some(probes) = &self.probes {
+            probes.problems(&mut problems);
         }
         self.retry.problems(&mut problems);
         self.limits.problems(&mut problems);

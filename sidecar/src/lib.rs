@@ -13,6 +13,7 @@ pub mod inbound;
 pub mod outbound;
 mod peek;
 mod probe;
+pub mod probes;
 pub mod registration;
 
 use std::collections::BTreeMap;
@@ -82,8 +83,11 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
         addresses.extend(capture::start(config, &outbound, &served.inbound, known.clone(), &process.metrics)?);
         tokio::spawn(follow_addresses(process.readiness.clone(), known));
     }
+    if let Some(probes) = &config.probes {
+        addresses.insert("probes".to_owned(), probes::start(probes, process.drain.clone()).await?);
+    }
     let dns = match &config.dns {
-        Some(dns) => Some(dns::start(dns, &config.limits, &discovery, &process).await?),
+        Some(dns) => Some(dns::start(dns, &config.limits, &discovery, &outbound, &process).await?),
         None => None,
     };
     addresses.extend(dns.iter().flat_map(dns::Running::addresses));

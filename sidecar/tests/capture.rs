@@ -26,7 +26,7 @@ use tombolo_sidecar::capture::inbound::CapturedInbound;
 use tombolo_sidecar::capture::loops::Loops;
 use tombolo_sidecar::capture::observe::Meters;
 use tombolo_sidecar::capture::outbound::CapturedOutbound;
-use tombolo_sidecar::capture::{Captured, run};
+use tombolo_sidecar::capture::{Captured, Origin as Destination, run};
 use tombolo_sidecar::config::ServiceConfig;
 use tombolo_sidecar::inbound::{Authority, Inbound};
 
@@ -249,7 +249,7 @@ async fn who_comes_straight_to_the_port_is_refused() {
     let site = Site::new(told(), Duration::from_secs(2)).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(run(site.captured.clone(), listener));
+    tokio::spawn(run(site.captured.clone(), listener, Destination::Redirected));
     let mut near = TcpStream::connect(address).await.unwrap();
     assert!(is_reset(&mut near).await);
     let line = "tombolo_refusals_total{role=\"sidecar-capture\",reason=\"not-redirected\"}";

@@ -1,6 +1,7 @@
 //! Active checks of real applications: what makes them ready, and what does not.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -59,6 +60,7 @@ async fn http_app(status: Arc<AtomicU16>) -> SocketAddr {
                 let status = status.clone();
                 async move {
                     assert_eq!(request.uri(), "/healthz?deep=1");
+                    assert_eq!(request.headers()["x-probe"], "deep");
                     let mut response = Response::new(Full::new(Bytes::from_static(b"fine")));
                     *response.status_mut() = StatusCode::from_u16(status.load(Ordering::SeqCst)).unwrap();
                     Ok::<_, Infallible>(response)
@@ -89,7 +91,7 @@ async fn tcp_a_connection_is_enough() {
 #[tokio::test]
 async fn http_the_status_decides() {
     let status = Arc::new(AtomicU16::new(503));
-    let http = Some(HttpCheck { path: "/healthz?deep=1".into() });
+    let http = Some(HttpCheck { path: "/healthz?deep=1".into(), headers: [("x-probe".into(), "deep".into())].into() });
     let app = http_app(status.clone()).await;
     let (mut told, _) = checked(app, HealthConfig { http, ..Default::default() }, DrainWatch::never());
     for (answered, ready) in [(503, false), (204, true), (500, false), (302, true)] {
@@ -102,7 +104,7 @@ async fn http_the_status_decides() {
 async fn http_no_answer_is_a_failure() {
     // Accepts, and never answers: the kernel does that for a stopped process too.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let http = Some(HttpCheck { path: "/".into() });
+    let http = Some(HttpCheck { path: "/".into(), headers: BTreeMap::new() });
     let health = HealthConfig { http, ..Default::default() };
     let (mut told, _) = checked(listener.local_addr().unwrap(), health, DrainWatch::never());
     assert!(!next(&mut told).await);

@@ -172,7 +172,7 @@ pub fn root_sha256(root: &CertificateDer<'_>) -> [u8; 32] {
 }
 
 /// One certificate as PEM (RFC 7468).
-pub(crate) fn certificate_pem(certificate: &CertificateDer<'_>) -> String {
+pub fn certificate_pem(certificate: &CertificateDer<'_>) -> String {
     let body = BASE64.encode(certificate);
     let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
     let mut rest = body.as_str();

@@ -15,6 +15,7 @@ use rcgen::{
     SigningKey,
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer};
+use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Serialize};
 use tombolo_core::id::{SpiffeId, TrustDomain};
 use x509_parser::certification_request::X509CertificationRequest;
@@ -28,6 +29,7 @@ use crate::certificate::read_root;
 use crate::key::{IdentityKey, KeyError};
 use crate::peering::{EXPORTER_LEN, answer_message, sha256};
 use crate::svid::{InvalidSvid, Svid, SvidSource, TICK, timestamp};
+use crate::tls::provider;
 
 /// Largest CSR that is looked into, in octets.
 pub const CSR_LEN_MAX: usize = 16 * 1024;
@@ -192,6 +194,23 @@ impl Drop for StoredRoot {
     }
 }
 
+impl State {
+    /// Parameters of a certificate that the active root issues now, and that root.
+    fn leaf(&self, life: Duration, now: Timestamp) -> Result<(CertificateParams, &RootKey), CaError> {
+        let root = self.roots.iter().find(|root| root.sha256 == self.active).ok_or(CaError::UnknownRoot)?;
+        if root.not_after <= now {
+            return Err(CaError::RootExpired);
+        }
+        let not_before = now.saturating_sub(backdate(life)).unwrap_or(Timestamp::MIN);
+        let not_after = now.saturating_add(life).unwrap_or(Timestamp::MAX).min(root.not_after);
+        let mut params = params(not_before, not_after);
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.use_authority_key_identifier_extension = true;
+        Ok((params, root))
+    }
+}
+
 impl CertificateAuthority {
     /// Loads the CA from `state_dir`, or makes it with its first root. `ca.pem` beside it is written anew.
     pub fn create_or_load(state_dir: &Path, trust_domain: &TrustDomain) -> Result<Self, CaError> {
@@ -246,20 +265,32 @@ impl CertificateAuthority {
         if id.trust_domain() != state.bundle.trust_domain() {
             return Err(CaError::ForeignIdentity(id.clone()));
         }
-        let root = state.roots.iter().find(|root| root.sha256 == state.active).ok_or(CaError::UnknownRoot)?;
-        if root.not_after <= now {
-            return Err(CaError::RootExpired);
-        }
-        let not_before = now.saturating_sub(backdate(life)).unwrap_or(Timestamp::MIN);
-        let not_after = now.saturating_add(life).unwrap_or(Timestamp::MAX).min(root.not_after);
-        let mut params = params(not_before, not_after);
+        let (mut params, root) = state.leaf(life, now)?;
         params.subject_alt_names = vec![uri(&id.to_string())?];
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.use_authority_key_identifier_extension = true;
         let certificate = params.signed_by(&csr.public_key, &root.issuer)?;
         Ok(vec![certificate.der().clone()])
+    }
+
+    /// A certificate with a new key for a server that is verified by its DNS names, by callers outside of the mesh. It names
+    /// no SPIFFE ID, so it proves nothing inside.
+    pub fn server_certificate(
+        &self,
+        names: &[String],
+        life: Duration,
+        now: Timestamp,
+    ) -> Result<CertifiedKey, CaError> {
+        let state = self.shared.state.load();
+        let (mut params, root) = state.leaf(life, now)?;
+        let dns = |name: &String| Ok(SanType::DnsName(name.as_str().try_into()?));
+        params.subject_alt_names = names.iter().map(dns).collect::<Result<_, CaError>>()?;
+        // Told apart from its issuer, which has the same organization: some verifiers look for that first.
+        params.distinguished_name.push(DnType::CommonName, "tombolo webhook");
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let key = KeyPair::generate()?;
+        let chain = vec![params.signed_by(&key, &root.issuer)?.der().clone()];
+        let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
+        Ok(CertifiedKey::from_der(chain, key, provider()).map_err(InvalidSvid::Key)?)
     }
 
     /// An SVID for this process itself, or for a test.

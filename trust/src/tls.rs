@@ -116,6 +116,19 @@ pub fn server_config(
     Arc::new(config)
 }
 
+/// For a server that no client shows a certificate to, and that shows one of its own which is no SVID. TLS 1.3 alone, as
+/// everywhere.
+pub fn plain_server_config(certificate: Arc<dyn ResolvesServerCert>) -> Arc<ServerConfig> {
+    let mut config = ServerConfig::builder_with_provider(provider().clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("the provider supports TLS 1.3")
+        .with_no_client_auth()
+        .with_cert_resolver(certificate);
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    Arc::new(config)
+}
+
 /// The identity that a chain names, without verifying anything: for a connection whose handshake has verified.
 pub fn identity_of(chain: &[CertificateDer<'_>]) -> Result<SpiffeId, Refusal> {
     read_leaf(chain).map(|leaf| leaf.id).map_err(|refused| refused.refusal)

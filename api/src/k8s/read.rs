@@ -62,6 +62,34 @@ pub fn access_policies(text: &str) -> Vec<Document> {
     split(text).into_iter().take(DOCUMENTS_MAX).filter_map(policy).collect()
 }
 
+/// A document as it was written, of whatever kind.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RawDocument {
+    /// 1-based line of the first key.
+    pub line: u32,
+    pub text: String,
+    pub value: serde_json::Value,
+}
+
+/// Reads every document of `text` and judges none.
+pub fn raw_documents(text: &str) -> Result<Vec<RawDocument>, Vec<Unreadable>> {
+    let (mut read, mut wrong) = (Vec::new(), Vec::new());
+    for raw in split(text) {
+        match raw.parse() {
+            Ok(value) => {
+                // The marker's own line.
+                let text = match raw.text.split_once('\n') {
+                    Some((first, rest)) if first.trim().is_empty() => rest.to_owned(),
+                    _ => raw.text,
+                };
+                read.push(RawDocument { line: raw.line, text, value });
+            }
+            Err(unreadable) => wrong.push(unreadable),
+        }
+    }
+    if wrong.is_empty() { Ok(read) } else { Err(wrong) }
+}
+
 /// One document's text, and the line of its first key.
 struct Raw {
     text: String,

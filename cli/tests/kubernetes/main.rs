@@ -4,6 +4,7 @@
 
 mod identity;
 mod imports;
+mod injection;
 mod leader;
 mod policies;
 mod source;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use tombolo_runtime::config::Problem;
 
+use super::loopback::LoopbackConfig;
 use crate::capture::DNS_PORT;
 
 /// Addresses to listen at; a host has two families.
@@ -22,6 +23,8 @@ pub struct DnsConfig {
     pub upstreams: Option<Vec<SocketAddr>>,
     /// A file in the form of `/etc/resolv.conf`, whose changes are followed.
     pub resolv_conf: PathBuf,
+    /// Answers with addresses of loopback that the sidecar listens at, where nothing is redirected; virtual ones if absent.
+    pub loopback: Option<LoopbackConfig>,
 }
 
 impl Default for DnsConfig {
@@ -30,6 +33,7 @@ impl Default for DnsConfig {
             listen: vec![(Ipv4Addr::LOCALHOST, DNS_PORT).into(), (Ipv6Addr::LOCALHOST, DNS_PORT).into()],
             upstreams: None,
             resolv_conf: "/etc/resolv.conf".into(),
+            loopback: None,
         }
     }
 }

@@ -2,9 +2,10 @@
 //! relayed (`tombolo_dns`). It starts before there is an identity and answers while the federation is away, for
 //! ordinary names must not depend on either.
 //!
-//! [`zone`] is what is known of the clusterset's services.
+//! [`zone`] is what is known of the clusterset's services, [`loopback`] where applications find them without capture.
 
 pub mod config;
+pub mod loopback;
 pub mod zone;
 
 use std::io;
@@ -25,7 +26,9 @@ use tombolo_runtime::metrics::prometheus_client::metrics::counter::Counter;
 use tombolo_runtime::process::Process;
 
 use crate::config::LimitsConfig;
+use crate::outbound::Outbound;
 use config::DnsConfig;
+use loopback::Loopback;
 use zone::{MeshZone, ZoneLimits};
 
 /// The server as it runs, until the process has drained.
@@ -33,6 +36,7 @@ pub struct Running {
     addresses: Vec<SocketAddr>,
     upstreams: Arc<Upstreams>,
     zone: Arc<MeshZone>,
+    loopback: Option<Arc<Loopback>>,
 }
 
 /// Binds the sockets and serves.
@@ -40,6 +44,7 @@ pub async fn start(
     config: &DnsConfig,
     limits: &LimitsConfig,
     discovery: &SidecarDiscovery,
+    outbound: &Arc<Outbound>,
     process: &Process,
 ) -> anyhow::Result<Running> {
     let sockets = bind(&config.listen).await?;
@@ -52,7 +57,15 @@ pub async fn start(
     let zone = MeshZone::new(Box::new(discovery.clone()), discovery.addresses(), discovery.status(), limits);
     let zone = Arc::new(zone);
     let counted = counters(&process.metrics);
-    let server = DnsServer::new(Box::new(Shared(zone.clone())), upstreams.clone(), counted);
+    let loopback = config
+        .loopback
+        .as_ref()
+        .map(|config| Arc::new(Loopback::new(config, zone.clone(), discovery.addresses(), outbound, &process.metrics)));
+    let answered: Box<dyn Zone> = match &loopback {
+        Some(loopback) => Box::new(Shared(loopback.clone())),
+        None => Box::new(Shared(zone.clone())),
+    };
+    let server = DnsServer::new(answered, upstreams.clone(), counted);
     let stop = CancellationToken::new();
     for sockets in sockets {
         tokio::spawn(tombolo_dns::run(sockets, server.clone(), stop.clone()));
@@ -69,7 +82,7 @@ pub async fn start(
         stop.cancel();
         upkeep.abort();
     });
-    Ok(Running { addresses, upstreams, zone })
+    Ok(Running { addresses, upstreams, zone, loopback })
 }
 
 impl Running {
@@ -84,6 +97,7 @@ impl Running {
             "listen": self.addresses,
             "upstreams": *self.upstreams.resolvers(std::time::Instant::now()),
             "services": self.zone.state(),
+            "loopbackListeners": self.loopback.as_ref().map(|loopback| loopback.sockets()),
         })
     }
 }
@@ -128,11 +142,17 @@ fn counters(metrics: &Metrics) -> impl Fn(Event) + Send + Sync + 'static {
     }
 }
 
-/// The zone that the server and the admin page share.
-struct Shared(Arc<MeshZone>);
+/// What the server and the admin page share.
+struct Shared<Z>(Arc<Z>);
 
-impl Zone for Shared {
+impl<Z: Zone> Zone for Shared<Z> {
     fn look_up<'a>(&'a self, service: &'a ServiceName) -> BoxFuture<'a, Known> {
-        Box::pin(self.0.look_up(service))
+        self.0.look_up(service)
+    }
+}
+
+impl Zone for MeshZone {
+    fn look_up<'a>(&'a self, service: &'a ServiceName) -> BoxFuture<'a, Known> {
+        Box::pin(MeshZone::look_up(self, service))
     }
 }

@@ -1,7 +1,7 @@
 //! What DNS knows of the clusterset's services: each is asked for at the first question about it, followed while there
 //! are questions, and let go of. Nothing is denied that the federation has not denied, and nothing while it is away.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use tombolo_core::addresses::Ranges;
 use tombolo_core::addresses::mesh::MeshAddresses;
 use tombolo_core::dns::{Known, ServiceRecords};
 use tombolo_core::id::ServiceName;
+use tombolo_core::model::Transport;
 use tombolo_leg::discovery::{LinkStatus, ServiceState, ServiceView};
 use tombolo_runtime::metrics::prometheus_client::metrics::gauge::Gauge;
 
@@ -121,6 +122,19 @@ impl MeshZone {
             let idle = if unknown { UNKNOWN_IDLE.min(self.limits.idle) } else { self.limits.idle };
             now.saturating_duration_since(held.asked) < idle
         });
+    }
+
+    /// The ports that a service has for TCP, as far as it is followed and known.
+    pub fn tcp_ports(&self, service: &ServiceName) -> BTreeSet<u16> {
+        let held = self.held();
+        let Some(feed) = held.get(service).map(|held| &held.feed) else { return BTreeSet::new() };
+        match &*feed.updates.borrow() {
+            ServiceState::Known(view) => {
+                let ports = view.shares.iter().flat_map(|share| &share.share.export.ports);
+                ports.filter(|port| port.transport == Transport::Tcp).map(|port| port.port).collect()
+            }
+            ServiceState::Waiting | ServiceState::Unknown => BTreeSet::new(),
+        }
     }
 
     /// Services that are followed.

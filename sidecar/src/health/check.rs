@@ -9,33 +9,34 @@ use tokio::net::TcpStream;
 use tokio::task::AbortHandle;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::config::ServiceConfig;
+use crate::config::{GrpcCheck, HttpCheck};
 
 /// What is asked of an application. Any answer but a good one is a failure, with its reason.
-pub(super) enum Check {
+pub enum Check {
     Tcp { address: String },
-    Http { address: String, path: String },
+    Http { address: String, http: HttpCheck },
     Grpc { channel: Result<Channel, String>, service: String },
 }
 
 impl Check {
-    pub(super) fn new(config: &ServiceConfig) -> Self {
-        let address = config.app.clone();
-        if let Some(grpc) = &config.health.grpc {
+    /// A TCP connection is the check if no other is given.
+    pub fn new(app: &str, http: Option<&HttpCheck>, grpc: Option<&GrpcCheck>) -> Self {
+        let address = app.to_owned();
+        if let Some(grpc) = grpc {
             let endpoint = Endpoint::from_shared(format!("http://{address}"));
             let channel = endpoint.map(|endpoint| endpoint.connect_lazy()).map_err(|error| error.to_string());
             return Self::Grpc { channel, service: grpc.service.clone() };
         }
-        match &config.health.http {
-            Some(http) => Self::Http { address, path: http.path.clone() },
+        match http {
+            Some(http) => Self::Http { address, http: http.clone() },
             None => Self::Tcp { address },
         }
     }
 
-    pub(super) async fn run(&self) -> Result<(), String> {
+    pub async fn run(&self) -> Result<(), String> {
         match self {
             Self::Tcp { address } => connect(address).await.map(drop),
-            Self::Http { address, path } => get(address, path).await,
+            Self::Http { address, http } => get(address, http).await,
             Self::Grpc { channel, service } => grpc(channel.clone()?, service).await,
         }
     }
@@ -46,16 +47,23 @@ async fn connect(address: &str) -> Result<TcpStream, String> {
 }
 
 /// On a connection of its own, so that one that is stuck is not asked again.
-async fn get(address: &str, path: &str) -> Result<(), String> {
+async fn get(address: &str, check: &HttpCheck) -> Result<(), String> {
     let text = |error: hyper::Error| error.to_string();
     let (mut sender, connection) = http1::handshake(TokioIo::new(connect(address).await?)).await.map_err(text)?;
     let _driver = AbortOnDrop(tokio::spawn(connection).abort_handle());
-    let request = Request::get(path)
-        .header(header::HOST, address)
-        .header(header::USER_AGENT, concat!("tombolo/", env!("CARGO_PKG_VERSION")))
-        .header(header::CONNECTION, "close")
-        .body(Empty::<Bytes>::new())
-        .map_err(|error| error.to_string())?;
+    let path = &check.path;
+    let mut request = Request::get(path).header(header::CONNECTION, "close");
+    let named = |name: &str| check.headers.keys().any(|given| given.eq_ignore_ascii_case(name));
+    if !named("host") {
+        request = request.header(header::HOST, address);
+    }
+    if !named("user-agent") {
+        request = request.header(header::USER_AGENT, concat!("tombolo/", env!("CARGO_PKG_VERSION")));
+    }
+    for (name, value) in &check.headers {
+        request = request.header(name, value);
+    }
+    let request = request.body(Empty::<Bytes>::new()).map_err(|error| error.to_string())?;
     let status = sender.send_request(request).await.map_err(text)?.status();
     if status.is_success() || status.is_redirection() { Ok(()) } else { Err(format!("GET {path} answered {status}")) }
 }

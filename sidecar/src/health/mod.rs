@@ -13,7 +13,7 @@ use tombolo_core::id::ServiceName;
 use tombolo_runtime::drain::DrainWatch;
 
 use crate::config::ServiceConfig;
-use check::Check;
+pub use check::Check;
 
 /// Whoever is told that an application is ready, or no longer.
 pub trait ReadySink: Send + Sync + 'static {
@@ -72,7 +72,7 @@ pub async fn run(services: Vec<ServiceConfig>, sink: Arc<dyn ReadySink>, verdict
 
 async fn watch(config: ServiceConfig, sink: Arc<dyn ReadySink>, verdicts: Verdicts) {
     let mut health = Health::new(config.health.thresholds());
-    let check = Check::new(&config);
+    let check = Check::new(&config.app, config.health.http.as_ref(), config.health.grpc.as_ref());
     // A zero interval would be a busy loop.
     let mut ticks = interval(config.health.interval.max(Duration::from_millis(10)));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
