@@ -4,6 +4,8 @@
 //! idempotent (RFC 9110 section 9.2.2) and whose body is still at hand is, and only out of a budget, so
 //! that second tries never become the load that keeps a service down.
 
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -108,15 +110,17 @@ pub enum Exhausted {
 }
 
 /// Second tries of one service: a share of its requests, and a few a second beside, so that a service
-/// with little traffic has some too.
-#[derive(Debug, Clone)]
+/// with little traffic has some too. Every request touches it, so that it has no lock.
+#[derive(Debug)]
 pub struct RetryBudget {
     /// Thousandths of a second try, so that sums are exact.
-    share: u64,
+    share: AtomicU64,
     /// What is earned without a request, a second.
-    free: u64,
-    tokens: u64,
-    filled: Instant,
+    free: AtomicU64,
+    tokens: AtomicU64,
+    base: Instant,
+    /// Milliseconds since `base` until which the free ones were earned.
+    filled_ms: AtomicU64,
 }
 
 /// Second tries a second that need no requests to be earned.
@@ -128,39 +132,57 @@ const ONE: u64 = 1_000;
 impl RetryBudget {
     /// `share` is the number of second tries that each request earns, 0.2 for one in five.
     pub fn new(share: f64, now: Instant) -> Self {
-        Self { share: thousandths(share), free: FREE_PER_SECOND, tokens: 10 * FREE_PER_SECOND * ONE, filled: now }
+        Self {
+            share: AtomicU64::new(thousandths(share)),
+            free: AtomicU64::new(FREE_PER_SECOND),
+            tokens: AtomicU64::new(10 * FREE_PER_SECOND * ONE),
+            base: now,
+            filled_ms: AtomicU64::new(0),
+        }
     }
 
     /// Takes in another share; what was saved up stays. Of 0 percent there are no second tries at all.
-    pub fn set_percent(&mut self, percent: u32) {
+    pub fn set_percent(&self, percent: u32) {
         self.set_share(f64::from(percent) / 100.0);
         if percent == 0 {
-            (self.free, self.tokens) = (0, 0);
+            self.free.store(0, Relaxed);
+            self.tokens.store(0, Relaxed);
         }
     }
 
     /// Takes in another share; what was saved up stays.
-    pub fn set_share(&mut self, share: f64) {
-        (self.share, self.free) = (thousandths(share), FREE_PER_SECOND);
+    pub fn set_share(&self, share: f64) {
+        self.share.store(thousandths(share), Relaxed);
+        self.free.store(FREE_PER_SECOND, Relaxed);
     }
 
     /// A request has come.
-    pub fn deposit(&mut self) {
-        self.tokens = (self.tokens + self.share).min(TOKENS_MAX);
+    pub fn deposit(&self) {
+        self.earn(self.share.load(Relaxed));
     }
 
     /// Takes one second try out, if there is one.
-    pub fn withdraw(&mut self, now: Instant) -> bool {
-        let elapsed = now.saturating_duration_since(self.filled);
-        // A millisecond earns `free` thousandths of a try; what is below one stays for later.
-        let millis = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
-        self.filled += Duration::from_millis(millis);
-        self.tokens = self.tokens.saturating_add(millis.saturating_mul(self.free)).min(TOKENS_MAX);
-        let enough = self.tokens >= ONE;
-        if enough {
-            self.tokens -= ONE;
+    pub fn withdraw(&self, now: Instant) -> bool {
+        let free = self.free.load(Relaxed);
+        let elapsed = now.saturating_duration_since(self.base);
+        let now_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+        // Whoever moves the time on earns what it is worth: of several at once, each its own part.
+        let before = self.filled_ms.fetch_max(now_ms, Relaxed);
+        // A request that earned its share while the budget was closed does not open it.
+        if free == 0 && self.share.load(Relaxed) == 0 {
+            return false;
         }
-        enough
+        // A millisecond earns `free` thousandths of a try; what is below one stays for later.
+        self.earn(now_ms.saturating_sub(before).saturating_mul(free));
+        self.tokens.fetch_update(Relaxed, Relaxed, |tokens| tokens.checked_sub(ONE)).is_ok()
+    }
+
+    fn earn(&self, thousandths: u64) {
+        // Full is what it is most of the time, and then nothing is written.
+        let _ = self.tokens.fetch_update(Relaxed, Relaxed, |tokens| {
+            let more = tokens.saturating_add(thousandths).min(TOKENS_MAX);
+            (more != tokens).then_some(more)
+        });
     }
 }
 
@@ -222,7 +244,7 @@ mod tests {
     #[test]
     fn the_budget_is_a_share_and_ten_a_second() {
         let start = Instant::now();
-        let mut budget = RetryBudget::new(0.2, start);
+        let budget = RetryBudget::new(0.2, start);
         assert_eq!((0..1_000).filter(|_| budget.withdraw(start)).count(), 100);
         (0..50).for_each(|_| budget.deposit());
         assert_eq!((0..1_000).filter(|_| budget.withdraw(start)).count(), 10);
@@ -233,25 +255,52 @@ mod tests {
     #[test]
     fn a_share_may_change_and_none_is_none() {
         let start = Instant::now();
-        let mut budget = RetryBudget::new(0.2, start);
-        let taken = |budget: &mut RetryBudget, now| (0..1_000).filter(|_| budget.withdraw(now)).count();
-        assert_eq!(taken(&mut budget, start), 100);
+        let budget = RetryBudget::new(0.2, start);
+        let taken = |budget: &RetryBudget, now| (0..1_000).filter(|_| budget.withdraw(now)).count();
+        assert_eq!(taken(&budget, start), 100);
         budget.set_percent(50);
         (0..50).for_each(|_| budget.deposit());
-        assert_eq!(taken(&mut budget, start), 25);
+        assert_eq!(taken(&budget, start), 25);
         budget.set_percent(0);
         (0..50).for_each(|_| budget.deposit());
-        assert_eq!(taken(&mut budget, start + Duration::from_secs(10)), 0);
+        assert_eq!(taken(&budget, start + Duration::from_secs(10)), 0);
         budget.set_share(0.1);
         (0..50).for_each(|_| budget.deposit());
-        assert_eq!(taken(&mut budget, start + Duration::from_secs(11)), 15);
+        assert_eq!(taken(&budget, start + Duration::from_secs(11)), 15);
+    }
+
+    #[test]
+    fn threads_neither_lose_nor_make_second_tries() {
+        const THREADS: u64 = 8;
+        const REQUESTS: u64 = 2_000;
+        let start = Instant::now();
+        for share in [0.001, 0.005] {
+            let budget = &RetryBudget::new(share, start);
+            let taken = |n: u64| {
+                (0..REQUESTS).filter(move |request| {
+                    budget.deposit();
+                    // Half a second in all, and every thread says it again.
+                    let now = start + Duration::from_millis(request / 4);
+                    request % THREADS == n && budget.withdraw(now)
+                })
+            };
+            let taken: u64 = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..THREADS).map(|n| scope.spawn(move || taken(n).count() as u64)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+            });
+            let earned = 100 * ONE + THREADS * REQUESTS * thousandths(share) + (REQUESTS - 1) / 4 * FREE_PER_SECOND;
+            let left = budget.tokens.load(Relaxed);
+            // Nobody was near the cap, so every thousandth is accounted for.
+            assert_eq!(taken * ONE + left, earned, "{share}");
+            assert!(taken >= 100, "{taken}");
+        }
     }
 
     proptest! {
         #[test]
         fn second_tries_stay_within_the_budget(requests in 0_u32..5_000, seconds in 0_u64..100) {
             let start = Instant::now();
-            let mut budget = RetryBudget::new(0.2, start);
+            let budget = RetryBudget::new(0.2, start);
             (0..requests).for_each(|_| budget.deposit());
             let now = start + Duration::from_secs(seconds);
             let taken = (0..10_000).filter(|_| budget.withdraw(now)).count() as f64;

@@ -74,7 +74,7 @@ pub struct Route {
     live: ArcSwap<Live>,
     /// What plans are made from. Never locked by a request, only by what changes the plan.
     planning: Mutex<Planning>,
-    budget: Mutex<RetryBudget>,
+    budget: RetryBudget,
     used_ms: AtomicU64,
     turn: AtomicU64,
     pub breaker: Breaker,
@@ -135,7 +135,7 @@ impl Route {
                 reach: BTreeMap::new(),
                 policies: None,
             }),
-            budget: Mutex::new(RetryBudget::new(around.retry_share, around.base)),
+            budget: RetryBudget::new(around.retry_share, around.base),
             used_ms: AtomicU64::new(0),
             turn: AtomicU64::new(0),
             breaker: Breaker::default(),
@@ -172,11 +172,11 @@ impl Route {
         if self.used_ms.swap(now_ms, Ordering::Relaxed).saturating_add(IDLE_MS) < now_ms {
             self.around.upkeep.notify_one();
         }
-        lock(&self.budget).deposit();
+        self.budget.deposit();
     }
 
     pub fn may_retry(&self, now: Instant) -> bool {
-        lock(&self.budget).withdraw(now)
+        self.budget.withdraw(now)
     }
 
     /// How long nothing has used it; nothing while a request is under way.
@@ -277,12 +277,10 @@ impl Route {
 
     /// Puts in force what a traffic policy says of tries, ejections and warm legs, or what is so without one.
     fn bound(&self, traffic: Option<&TrafficSpec>, targets: &[Arc<Target>], now: Instant) {
-        let mut budget = lock(&self.budget);
         match traffic.and_then(|traffic| traffic.retry.budget_percent) {
-            Some(percent) => budget.set_percent(percent),
-            None => budget.set_share(self.around.retry_share),
+            Some(percent) => self.budget.set_percent(percent),
+            None => self.budget.set_share(self.around.retry_share),
         }
-        drop(budget);
         let own = self.around.outlier;
         let outlier = traffic.map_or(own, |traffic| traffic.outlier_detection.over(own));
         let warm_legs = traffic.and_then(|traffic| traffic.warm_legs).map(|legs| legs as usize);
