@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use http::Request;
 use tombolo_core::authz::Client;
 use tombolo_core::id::ServiceName;
 use tombolo_core::policy::access::{Asked, DefaultAccess, HttpAsked, Mode, decide};
@@ -43,14 +42,6 @@ impl Buckets {
     }
 }
 
-/// The parts of a request that policies speak of.
-pub(super) fn asked<B>(request: &Request<B>) -> HttpAsked<'_> {
-    // A connection that switches its protocol crosses as an extended CONNECT, and was a GET (RFC 8441 section 5).
-    let is_switch = request.extensions().get::<h2::ext::Protocol>().is_some();
-    let method = if is_switch { "GET" } else { request.method().as_str() };
-    HttpAsked { method, path: request.uri().path() }
-}
-
 impl Inbound {
     /// The application for this leg, if its client may do what it asks for now. `http` is `None` where requests
     /// can't be told apart.
@@ -80,24 +71,31 @@ impl Inbound {
         Ok(app)
     }
 
-    /// Waits until a policy that was told later denies what a leg was admitted for.
-    pub(super) async fn denied_later(&self, leg: &LegIdentity) -> Refusal {
+    /// Waits until a policy that was told later denies what a leg was admitted for, and `not_before` is over.
+    pub(super) async fn denied_later(
+        &self,
+        leg: &LegIdentity,
+        http: Option<HttpAsked<'_>>,
+        not_before: tokio::time::Instant,
+    ) -> Refusal {
         let mut told = self.authority.policies_told();
         let service = &leg.target.service;
         let client = Client { id: &leg.client_id, cluster: &leg.client_cluster };
-        let asked = Asked { service, port: leg.target.port, http: None };
+        let asked = Asked { service, port: leg.target.port, http };
         loop {
             // Told between the admission and now, it counts as well.
             told.mark_unchanged();
             let policies = self.authority.policies(service);
             let denied = policies.filter(|it| !decide(&it.access, &it.defaults, client, asked).is_allowed());
-            if let Some(policies) = denied {
+            let is_denied = denied.is_some();
+            if let Some(policies) = denied.filter(|_| tokio::time::Instant::now() >= not_before) {
                 let verdict = decide(&policies.access, &policies.defaults, client, asked);
                 tracing::info!(client = %leg.client_id, target = %leg.target, reason = %verdict.reason, "connection closed: a policy denies it now");
                 return Refusal::IdentityDenied;
             }
-            if told.changed().await.is_err() {
-                std::future::pending::<()>().await;
+            tokio::select! {
+                changed = told.changed() => if changed.is_err() { std::future::pending::<()>().await },
+                () = tokio::time::sleep_until(not_before), if is_denied => {}
             }
         }
     }

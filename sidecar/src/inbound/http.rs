@@ -18,8 +18,8 @@ use tombolo_leg::http::{Abandon, BoxError, ContinueSignal, RecvBody, headers};
 use tombolo_runtime::telemetry::{Kind, Span};
 
 use super::Inbound;
-use super::access::asked;
 use super::app::{App, AppBody, AppError};
+use super::standing::{Call, Standing};
 use crate::outbound::refuse::Refused;
 use crate::probe;
 
@@ -28,7 +28,7 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// The body of a response into a leg.
 pub enum ResponseBody {
     /// The application's. The span lasts until it is done.
-    App { body: AppBody, span: Option<Span> },
+    App { body: AppBody, span: Option<Span>, standing: Option<Box<Standing>> },
     /// Made here.
     Own(Full<Bytes>),
 }
@@ -43,7 +43,8 @@ pub(super) async fn handle(
     let cluster = leg.client_cluster.as_str();
     // Whether the application is at work may be asked by whoever may know of the service at all.
     let is_question = probe::is_question(&request);
-    let admitted = if is_question { inbound.authorize(&leg) } else { inbound.admit(&leg, Some(asked(&request))) };
+    let call = Call::of(&request);
+    let admitted = if is_question { inbound.authorize(&leg) } else { inbound.admit(&leg, Some(call.asked())) };
     let app = match admitted {
         Ok(app) => app.clone(),
         Err(refusal @ Refusal::EndpointGone) => {
@@ -60,11 +61,19 @@ pub(super) async fn handle(
     if is_question {
         return answer_probe(&inbound, &app).await;
     }
+    let tunnels = request.method() == Method::CONNECT;
     match forward(&inbound, &app, request, &leg, &span).await {
         Ok(response) => {
             inbound.observed.request(cluster, "answered");
             span.attr_int("http.response.status_code", response.status().as_u16().into());
-            Ok(response.map(|body| ResponseBody::App { body, span: Some(span) }))
+            let standing = if tunnels && response.status().is_success() {
+                Some(Box::new(Standing::switched(&inbound, &leg, call)))
+            } else if response.body().size_hint().exact().is_none() {
+                Some(Box::new(Standing::streaming(&inbound, &leg, call)))
+            } else {
+                None
+            };
+            Ok(response.map(|body| ResponseBody::App { body, span: Some(span), standing }))
         }
         Err(Failed::Refused(refusal)) => {
             inbound.observed.request(cluster, "refused");
@@ -223,8 +232,14 @@ impl Body for ResponseBody {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match self.get_mut() {
-            Self::App { body, span } => {
-                let frame = Pin::new(body).poll_frame(cx);
+            Self::App { body, span, standing } => {
+                let mut frame = Pin::new(body).poll_frame(cx);
+                let denied = standing.as_mut().map(|standing| standing.poll_denied(cx, frame.is_pending()));
+                if let (Some(Poll::Ready(refusal)), false) = (denied, matches!(frame, Poll::Ready(None))) {
+                    // It is asked no more.
+                    *standing = None;
+                    frame = Poll::Ready(Some(Err(refusal.to_string().into())));
+                }
                 match &frame {
                     Poll::Ready(Some(Err(error))) => {
                         if let Some(mut span) = span.take() {

@@ -2,7 +2,8 @@
 //!
 //! - [`run`] accepts legs; each client is authorized at each request and each opaque connection
 //!   (`tombolo_core::authz`), against what federation grants at that moment.
-//! - `access` asks the policies that select the service (`tombolo_core::policy::access`), for each as well.
+//! - `access` asks the policies that select the service (`tombolo_core::policy::access`), for each as well;
+//!   `standing` asks them again about what lasts.
 //! - [`http`] carries requests to the application, [`opaque`] bytes; [`app`] holds the connections to it.
 //!
 //! Limits: a request's header section is at most 64 KiB (`tombolo_leg::http::HEADERS_MAX`), a response's as much and
@@ -14,6 +15,7 @@ pub mod app;
 pub mod http;
 mod observe;
 pub mod opaque;
+mod standing;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -48,6 +50,8 @@ use observe::{Counted, Observed};
 pub const LEGS_MAX: usize = 16_384;
 /// Handshakes at once; above it, the oldest makes room.
 pub const HANDSHAKES_MAX: usize = 1_024;
+/// How long a stream of responses goes on at least, counted from its beginning, when a later policy denies it.
+pub const STREAM_GRACE: Duration = Duration::from_secs(30);
 /// Pause after `accept` failed, which it does when the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -104,6 +108,7 @@ pub struct Inbound {
     /// By the port of the application.
     app_ports: Vec<(u16, ServiceName)>,
     buckets: Buckets,
+    stream_grace: Duration,
     legs: Arc<Semaphore>,
     observed: Observed,
     tracer: Tracer,
@@ -117,6 +122,18 @@ impl Inbound {
         svid: &SvidSource,
         trust: &TrustStore,
         authority: Box<dyn Authority>,
+    ) -> Arc<Self> {
+        Self::with_stream_grace(services, process, svid, trust, authority, STREAM_GRACE)
+    }
+
+    /// The same with another grace than [`STREAM_GRACE`].
+    pub fn with_stream_grace(
+        services: &[ServiceConfig],
+        process: &Process,
+        svid: &SvidSource,
+        trust: &TrustStore,
+        authority: Box<dyn Authority>,
+        stream_grace: Duration,
     ) -> Arc<Self> {
         let apps: BTreeMap<_, _> = services
             .iter()
@@ -133,6 +150,7 @@ impl Inbound {
             apps,
             app_ports: services.iter().filter_map(app_port).collect(),
             buckets: Buckets::new(services),
+            stream_grace,
             legs: Arc::new(Semaphore::new(LEGS_MAX)),
             observed: Observed::new(&process.metrics),
             tracer: process.tracer.clone(),
@@ -190,7 +208,8 @@ impl Inbound {
         };
         tokio::select! {
             _ = serving.join_next() => {}
-            refusal = credentials.refused(&self.trust) => {
+            // Those of opaque bytes have to be told to both ends, see there.
+            refusal = credentials.refused(&self.trust), if identity.alpn == Alpn::H2 => {
                 self.observed.refused(refusal);
                 tracing::info!(client = %identity.client_id, refusal = refusal.code(), "leg closed: its client is no longer trusted");
             }

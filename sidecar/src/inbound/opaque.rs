@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tombolo_core::refusal::Refusal;
 use tombolo_leg::accept::{AcceptedLeg, LegIdentity};
@@ -18,6 +19,7 @@ pub(super) async fn serve(inbound: Arc<Inbound>, mut leg: AcceptedLeg, drain: Ca
     let opened = tokio::select! {
         opened = opaque::accept_open(&mut leg.stream) => opened,
         () = drain.cancelled() => return,
+        refusal = leg.credentials.refused(&inbound.trust) => return untrusted(&inbound, &leg.identity, refusal),
     };
     let open = match opened {
         Ok(Some(open)) => open,
@@ -59,12 +61,19 @@ async fn carry(inbound: &Inbound, mut leg: AcceptedLeg, mut app: super::app::Con
     let _counted = Counted::new(&inbound.observed.opaque);
     let ended = tokio::select! {
         ended = copy_both(&mut leg.stream, &mut app.tcp) => Ok(ended),
-        refusal = inbound.denied_later(&leg.identity) => Err(refusal),
+        refusal = inbound.denied_later(&leg.identity, None, Instant::now()) => {
+            inbound.observed.refused(refusal);
+            Err(refusal)
+        }
+        refusal = leg.credentials.refused(&inbound.trust) => {
+            untrusted(inbound, &leg.identity, refusal);
+            Err(refusal)
+        }
     };
     let Ended { copied, end } = match ended {
         Ok(ended) => ended,
+        // Neither end may take it for the other's last word.
         Err(refusal) => {
-            inbound.observed.refused(refusal);
             span.error(refusal);
             opaque::reset(app.tcp);
             opaque::reset(leg.stream.into_inner().0);
@@ -87,6 +96,11 @@ async fn carry(inbound: &Inbound, mut leg: AcceptedLeg, mut app: super::app::Con
             opaque::reset(leg.stream.into_inner().0);
         }
     }
+}
+
+fn untrusted(inbound: &Inbound, leg: &LegIdentity, refusal: Refusal) {
+    inbound.observed.refused(refusal);
+    tracing::info!(client = %leg.client_id, refusal = refusal.code(), "leg closed: its client is no longer trusted");
 }
 
 fn describe(span: &mut Span, leg: &LegIdentity, client_address: Option<SocketAddr>) {

@@ -1,8 +1,9 @@
 //! The inbound side over real legs with real SVIDs, in front of small real applications.
 #![allow(clippy::unwrap_used)]
 
-#[path = "../../leg/tests/common/mod.rs"]
+#[path = "../../../leg/tests/common/mod.rs"]
 mod common;
+mod standing;
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -66,6 +67,9 @@ impl Authority for Fixed {
     }
 }
 
+/// Long enough for a request, and short enough to be waited for.
+const STREAM_GRACE: Duration = Duration::from_secs(3);
+
 /// A sidecar in west in front of one application, called from east.
 struct Sidecar {
     pair: Pair,
@@ -92,12 +96,13 @@ impl Sidecar {
         let svid = pair.west.svid(SERVER);
         let policies: Policies = Arc::new(Mutex::new(Some(Arc::default())));
         let told = watch::Sender::new(());
-        let inbound = Inbound::new(
+        let inbound = Inbound::with_stream_grace(
             &services,
             &process,
             &svid,
             &pair.server_trust,
             Box::new(Fixed { grants, policies: policies.clone(), told: told.clone() }),
+            STREAM_GRACE,
         );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -114,6 +119,11 @@ impl Sidecar {
         request.target = target.parse().unwrap();
         let leg = bounded(self.pair.dialer.dial(request)).await.unwrap();
         HttpLeg::start(leg, HttpLimits::default()).await.unwrap()
+    }
+
+    fn tell(&self, specs: &[&str]) {
+        *self.policies.lock().unwrap() = policies(specs, DefaultAccess::Allow);
+        self.told.send_replace(());
     }
 
     fn refusals(&self, refusal: Refusal) -> bool {
@@ -382,16 +392,6 @@ async fn the_application_learns_that_its_caller_went_away() {
     let _ = bounded(tcp.read_to_end(&mut rest)).await;
 }
 
-#[tokio::test]
-async fn a_revoked_client_is_cut_off() {
-    let sidecar = Sidecar::before(http1_app().await, AppProtocol::Http).await;
-    let leg = sidecar.http().await;
-    assert_eq!(bounded(leg.send(get("/seen"))).await.unwrap().status(), StatusCode::OK);
-    sidecar.pair.server_trust.set_revoked([sidecar.pair.east.id(common::CLIENT)].into());
-    eventually("the leg is gone", || leg.health() == LegHealth::Gone).await;
-    assert!(sidecar.refusals(Refusal::Revoked));
-}
-
 async fn open(sidecar: &Sidecar, port: u16) -> Result<tombolo_leg::dial::Leg, opaque::OpenError> {
     let request = sidecar.pair.request(sidecar.address, Alpn::Tcp);
     let mut leg = bounded(sidecar.pair.dialer.dial(request)).await.unwrap();
@@ -497,31 +497,6 @@ async fn policies_decide_about_opaque_connections_and_rate_limits_answer_429() {
     // A slow machine earns a token meanwhile, hardly two.
     assert!(statuses.starts_with(&[200, 200, 200]) && statuses.contains(&429), "{statuses:?}");
     assert!(sidecar.refusals(Refusal::RateLimited));
-}
-
-#[tokio::test]
-async fn an_opaque_connection_that_stands_ends_when_a_later_policy_denies_it() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let sidecar = Sidecar::before(listener.local_addr().unwrap(), AppProtocol::Opaque).await;
-    let mut leg = open(&sidecar, 80).await.unwrap();
-    let (mut app, _) = bounded(listener.accept()).await.unwrap();
-    let tell = |specs: &[&str]| {
-        *sidecar.policies.lock().unwrap() = policies(specs, DefaultAccess::Allow);
-        sidecar.told.send_replace(());
-    };
-    let mut octet = [0];
-    // One that still allows it, and one that only audits, leave it alone.
-    for specs in [r#"{"rules": [{"from": [{"serviceAccounts": ["cart"]}]}]}"#, r#"{"mode": "audit", "rules": []}"#] {
-        tell(&[specs]);
-        leg.stream.write_all(b"a").await.unwrap();
-        leg.stream.flush().await.unwrap();
-        assert_eq!(bounded(app.read(&mut octet)).await.unwrap(), 1, "{specs}");
-    }
-    assert!(!sidecar.refusals(Refusal::IdentityDenied));
-    tell(&[r#"{"action": "deny", "rules": [{"from": [{"clusters": ["east"]}]}]}"#]);
-    assert!(bounded(app.read(&mut octet)).await.is_err(), "the application is reset, not ended in order");
-    assert!(bounded(leg.stream.read(&mut octet)).await.is_err(), "and so is the caller");
-    assert!(sidecar.refusals(Refusal::IdentityDenied));
 }
 
 #[tokio::test]
