@@ -193,11 +193,30 @@ fn exported_routes(wire: &[catalog::ExportedRoute]) -> Result<Vec<Arc<Route>>, I
     if wire.iter().any(|route| route.json.len() > ROUTE_OCTETS_MAX) {
         return Err(InvalidMessage::Value { field: "routes", reason: "one is larger than 32 KiB" });
     }
-    let read = |wire: &catalog::ExportedRoute| {
-        let route = serde_json::from_slice::<Route>(&wire.json).ok()?;
-        (route.resource.kind.as_str() == wire.kind).then(|| Arc::new(route))
+    Ok(wire.iter().filter_map(|route| read_route(route).ok().map(Arc::new)).collect())
+}
+
+fn read_route(wire: &catalog::ExportedRoute) -> Result<Route, String> {
+    let route: Route = serde_json::from_slice(&wire.json).map_err(|error| error.to_string())?;
+    let kind = route.resource.kind.as_str();
+    if kind == wire.kind { Ok(route) } else { Err(format!("it is of kind {kind}")) }
+}
+
+/// Which routes [`Export::try_from`] leaves out of an export, and why the first of them; `None` if none.
+pub fn unread_routes(wire: &catalog::Export) -> Option<String> {
+    let mut unread = wire.routes.iter().filter_map(|route| Some((route, read_route(route).err()?)));
+    let (first, error) = unread.next()?;
+    let more = match unread.count() {
+        0 => String::new(),
+        more => format!(" (and {more} more)"),
     };
-    Ok(wire.iter().filter_map(read).collect())
+    // Even what can't be read as a route may say what it is called.
+    let said: serde_json::Value = serde_json::from_slice(&first.json).unwrap_or_default();
+    let name = said["resource"]["name"].as_str().unwrap_or("without a name");
+    Some(format!(
+        "{} is taken without its route {} {name}, which can't be read here: {error}{more}",
+        wire.service, first.kind
+    ))
 }
 
 impl From<Freshness> for discovery::Freshness {
@@ -247,6 +266,16 @@ mod tests {
         newer.routes.push(catalog::ExportedRoute { kind: "MoodRoute".into(), json: b"{}".to_vec() });
         newer.routes.push(catalog::ExportedRoute { kind: "HTTPRoute".into(), json: b"{\"mood\": 1}".to_vec() });
         newer.routes.push(catalog::ExportedRoute { kind: "GRPCRoute".into(), ..wire.routes[0].clone() });
+        let unread = unread_routes(&newer).unwrap();
+        assert!(unread.starts_with("shop/web is taken without its route MoodRoute without a name"), "{unread}");
+        assert!(unread.ends_with("(and 2 more)"), "{unread}");
+        assert_eq!(unread_routes(&wire), None);
+        newer.routes.swap(1, 3);
+        assert!(
+            unread_routes(&newer)
+                .unwrap()
+                .contains("route GRPCRoute web, which can't be read here: it is of kind HTTPRoute")
+        );
         assert_eq!(Export::try_from(newer).unwrap(), export);
         let mut many = wire.clone();
         many.routes = vec![wire.routes[0].clone(); OF_EXPORT_MAX + 1];

@@ -122,6 +122,11 @@ pub struct SidecarJoin {
 #[derive(Debug)]
 pub enum PeerMessage {
     Update(Update),
+    /// One that is taken without a part that can't be read.
+    Reduced {
+        update: Update,
+        reason: String,
+    },
     /// A kind of a newer release, or (with a reason) a value that can't be read; it is passed over.
     Unreadable {
         position: Position,

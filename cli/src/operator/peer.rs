@@ -149,6 +149,9 @@ pub fn print_peers(peers: &[PeerRow]) {
     for peer in peers.iter().filter(|peer| !peer.last_refusal.is_empty()) {
         anstream::println!("  {}: refused: {}", peer.cluster, peer.last_refusal);
     }
+    for peer in peers.iter().filter(|peer| !peer.refused_there.is_empty()) {
+        anstream::println!("  {}: refused there: {}", peer.cluster, peer.refused_there);
+    }
 }
 
 fn peer_cells(peer: &PeerRow) -> Vec<String> {
@@ -212,5 +215,6 @@ pub fn peer_json(peer: &PeerRow) -> serde_json::Value {
         "gateways": peer.gateways,
         "tunnels": tunnels,
         "lastRefusal": peer.last_refusal,
+        "refusedThere": peer.refused_there,
     })
 }

@@ -100,20 +100,23 @@ impl State {
         let mut refused = None;
         let (mut touched_any, mut broken) = (false, None);
         for message in messages {
-            match message {
-                PeerMessage::Update(update) => match self.handle_update(cluster, update) {
-                    Ok((touched, refusal)) => {
-                        touched_any |= touched;
-                        refused = refusal.or(refused);
-                    }
-                    Err(ends) => {
-                        broken = Some(ends);
-                        break;
-                    }
-                },
+            let (update, unread) = match message {
+                PeerMessage::Update(update) => (update, None),
+                PeerMessage::Reduced { update, reason } => (update, Some(reason)),
                 PeerMessage::Unreadable { position, reason } => {
                     self.catalog.handle_unreadable(cluster, position);
                     refused = reason.or(refused);
+                    continue;
+                }
+            };
+            match self.handle_update(cluster, update) {
+                Ok((touched, refusal)) => {
+                    touched_any |= touched;
+                    refused = refusal.or(unread).or(refused);
+                }
+                Err(ends) => {
+                    broken = Some(ends);
+                    break;
                 }
             }
         }

@@ -61,6 +61,7 @@ fn peer(view: &View, peer: &PeerView) -> PeerRow {
         tunnels: tunnels.collect(),
         gateways: peer.gateways.iter().map(|gateway| format!("{} {}", gateway.gateway, gateway.address)).collect(),
         last_refusal: peer.last_refusal.clone().unwrap_or_default(),
+        refused_there: peer.refused_there.clone().unwrap_or_default(),
     }
 }
 

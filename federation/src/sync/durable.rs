@@ -61,7 +61,8 @@ fn decode(mut bytes: &[u8], trust_domain: &TrustDomain) -> io::Result<Import> {
     while !bytes.is_empty() {
         let update = wire::SyncUpdate::decode_length_delimited(&mut bytes).map_err(|e| invalid(e.to_string()))?;
         match from_wire(update) {
-            PeerMessage::Update(update) => {
+            // What an older release can't read is told again by the peer.
+            PeerMessage::Update(update) | PeerMessage::Reduced { update, .. } => {
                 import.handle_update(update).map_err(|broken| invalid(broken.to_string()))?;
             }
             PeerMessage::Unreadable { reason, .. } => return Err(invalid(reason.unwrap_or_default())),

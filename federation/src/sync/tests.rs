@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use futures::FutureExt;
+use tombolo_api::proto::catalog;
 use tombolo_api::proto::peer as wire;
 use tombolo_api::proto::peer::peer_sync_client::PeerSyncClient;
 use tombolo_core::id::{Position, SpiffeId};
@@ -18,7 +19,7 @@ use tombolo_leg::dial::{Dialer, LegRequest, Via};
 
 use super::keeping::{Durable, Keeping};
 use super::subscriber::channel_over;
-use super::wire::roots_of;
+use super::wire::{from_wire, roots_of};
 use crate::hub::{PeerMessage, SyncApplied};
 use crate::testing::{Addresses, Federation, service, until};
 
@@ -137,6 +138,29 @@ async fn a_lower_bundle_sequence_is_refused_and_reported() {
     assert_eq!(applied.position, Some(position), "it is acknowledged, with the refusal");
     until("it is reported", || east.hub.view().peers[&west.cluster].last_refusal.is_some()).await;
     assert_eq!(held(), Some(west.ca.bundle()));
+}
+
+#[tokio::test]
+async fn a_route_that_can_not_be_read_is_reported_on_both_sides() {
+    let (east, west) = pair().await;
+    west.declare(&["shop/web"]).await;
+    until("sync runs", || !east.shares("shop/web").is_empty()).await;
+    let position = east.hub.view().peers[&west.cluster].position;
+    let position = Position { revision: position.revision + 1, ..position };
+    let export = west.hub.view().services[&service("shop/web")].shares[0].export.clone();
+    let mut export = catalog::Export::from(&export);
+    let json = br#"{"resource": {"kind": "HTTPRoute", "namespace": "shop", "name": "of-a-newer-release"}}"#;
+    export.routes.push(catalog::ExportedRoute { kind: "HTTPRoute".into(), json: json.to_vec() });
+    let kind = Some(wire::sync_update::Kind::Export(export));
+    let update = wire::SyncUpdate { epoch: position.epoch, revision: position.revision, kind };
+    let applied = east.hub.sync_received(west.cluster.clone(), vec![from_wire(update)]).await.unwrap();
+    assert_eq!(applied.position, Some(position));
+    let refused = applied.refused.unwrap();
+    assert!(refused.starts_with("shop/web is taken without its route HTTPRoute of-a-newer-release"), "{refused}");
+    assert_eq!(east.shares("shop/web").into_keys().collect::<Vec<_>>(), ["west"], "the service is there all the same");
+    until("east says so", || east.hub.view().peers[&west.cluster].last_refusal.as_ref() == Some(&refused)).await;
+    west.hub.acked(east.cluster.clone(), position, Some(refused.clone())).await.unwrap();
+    until("west says so", || west.hub.view().peers[&east.cluster].refused_there.as_ref() == Some(&refused)).await;
 }
 
 #[tokio::test]

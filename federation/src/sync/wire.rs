@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;
-use tombolo_api::convert::{InvalidMessage, name};
+use tombolo_api::convert::{InvalidMessage, name, unread_routes};
 use tombolo_api::proto::{catalog, peer as wire};
 use tombolo_core::id::{Position, TrustDomain};
 use tombolo_core::model::{Export, GatewayAddress};
@@ -78,8 +78,15 @@ pub(crate) fn gateway_to_wire(gateway: &GatewayAddress) -> catalog::GatewayAddre
 pub(crate) fn from_wire(update: wire::SyncUpdate) -> PeerMessage {
     let position = Position { epoch: update.epoch, revision: update.revision };
     let Some(kind) = update.kind else { return PeerMessage::Unreadable { position, reason: None } };
+    let unread = match &kind {
+        wire::sync_update::Kind::Export(export) => unread_routes(export),
+        _ => None,
+    };
     match change(kind) {
-        Ok(change) => PeerMessage::Update(Update { position, change }),
+        Ok(change) => match unread {
+            None => PeerMessage::Update(Update { position, change }),
+            Some(reason) => PeerMessage::Reduced { update: Update { position, change }, reason },
+        },
         Err(error) => PeerMessage::Unreadable { position, reason: Some(error.to_string()) },
     }
 }
@@ -154,7 +161,7 @@ mod tests {
     fn what_cannot_be_read_is_passed_over_with_its_reason() {
         let read = |kind| match from_wire(wire::SyncUpdate { epoch: 1, revision: 2, kind }) {
             PeerMessage::Unreadable { reason, .. } => reason,
-            PeerMessage::Update(update) => panic!("{update:?}"),
+            PeerMessage::Update(update) | PeerMessage::Reduced { update, .. } => panic!("{update:?}"),
         };
         use wire::sync_update::Kind;
         assert_eq!(read(None), None);
