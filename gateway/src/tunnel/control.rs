@@ -24,6 +24,9 @@ const PRIORITY: i32 = 1000;
 const QUEUE_MAX: usize = 64;
 /// How long a tunnel that another one supersedes is kept without legs.
 const LINGER: Duration = Duration::from_secs(3);
+/// How often acknowledgements are looked for while legs are in use: of the last one it is known no better when it
+/// came, and the silence that makes a tunnel suspect is counted from there.
+const LOOK: Duration = Duration::from_millis(25);
 
 /// The two halves of a control stream after the hellos.
 pub struct ControlStream {
@@ -181,8 +184,9 @@ impl Control {
 
     fn next_wake(&self) -> Instant {
         let linger = self.unused_since.map(|since| since + LINGER);
-        let liveness = self.liveness.poll_timeout();
-        linger.into_iter().chain(liveness).min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
+        let look = (self.tunnel.legs() > 0).then(|| Instant::now() + LOOK);
+        let wakes = linger.into_iter().chain(self.liveness.poll_timeout()).chain(look);
+        wakes.min().unwrap_or_else(|| Instant::now() + Duration::from_secs(60))
     }
 
     fn handle_wake(&mut self) {

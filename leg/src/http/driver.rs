@@ -1,8 +1,8 @@
 //! The task that owns a client's HTTP/2 connection, and what it knows of its liveness.
 //!
-//! While a request waits and nothing has arrived for [`PING_AFTER`], a PING goes out. Unanswered for
-//! [`SUSPECT_AFTER`] or three round trips, whichever is longer, the leg is suspect: requests that may be
-//! tried elsewhere should be. Anything that arrives makes it live again; silent for [`DEAD_AFTER`] it is closed.
+//! While a request waits and nothing has arrived for [`PING_AFTER`], a PING goes out. When that is unanswered for
+//! [`ANSWER_WITHIN`] and nothing at all has arrived for [`SUSPECT_AFTER`], and both for three round trips, the leg is
+//! suspect: requests that may be tried elsewhere should be. Anything that arrives makes it live again; silent for [`DEAD_AFTER`] it is closed.
 //! A leg without requests has no timer and sends nothing.
 
 use std::pin::Pin;
@@ -25,6 +25,8 @@ use super::body::StreamError;
 /// Silence after which a leg with a waiting request is probed.
 pub const PING_AFTER: Duration = Duration::from_millis(150);
 /// Least time that a probe may go unanswered before the leg is suspect.
+pub const ANSWER_WITHIN: Duration = Duration::from_millis(250);
+/// Least silence before the leg is suspect, as of a tunnel.
 pub const SUSPECT_AFTER: Duration = Duration::from_millis(400);
 /// Silence after which a suspect leg is closed.
 pub const DEAD_AFTER: Duration = Duration::from_secs(60);
@@ -174,6 +176,11 @@ impl Shared {
             changed
         });
     }
+}
+
+/// When a leg is suspect that has been silent since `quiet_since`, with a probe under way since `sent`.
+fn suspect_at(quiet_since: Instant, sent: Instant, rtt: Duration) -> Instant {
+    (quiet_since + SUSPECT_AFTER.max(rtt * 3)).max(sent + ANSWER_WITHIN.max(rtt * 3))
 }
 
 fn micros(duration: Duration) -> u64 {
@@ -344,7 +351,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     /// Decides what the silence means and arms the timer for the next look. `true` when the leg is dead.
     fn look(&mut self, now: Instant) -> bool {
         let shared = self.shared.clone();
-        let allowed = SUSPECT_AFTER.max(shared.rtt() * 3);
         if shared.in_flight.load(Ordering::Acquire) == 0 {
             shared.parked.store(true, Ordering::Release);
             // A request may have begun in between and found nobody parked.
@@ -364,12 +370,13 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
                 if now >= since + DEAD_AFTER {
                     return true;
                 }
-                if now >= since + allowed {
+                let suspect_at = suspect_at(quiet_since, sent, shared.rtt());
+                if now >= suspect_at {
                     self.stalled = true;
                     shared.become_health(LegHealth::Suspect);
                     since + DEAD_AFTER
                 } else {
-                    since + allowed
+                    suspect_at
                 }
             }
         };
@@ -436,6 +443,25 @@ mod tests {
     use super::*;
     use std::io;
     use tokio::io::AsyncWriteExt;
+
+    #[test]
+    fn silence_is_suspect_when_a_question_had_the_time_to_be_answered() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        for (sent, rtt, want) in [
+            // Asked after 150 ms.
+            (150, 1, 400),
+            (150, 80, 400),
+            // Asked late, as after a pause of this process, or on a long path.
+            (390, 1, 640),
+            (150, 100, 450),
+            (150, 300, 1_050),
+            // A question of before, to which nothing of what came since was the answer.
+            (0, 1, 400),
+        ] {
+            assert_eq!(suspect_at(start, at(sent), Duration::from_millis(rtt)), at(want), "{sent} {rtt}");
+        }
+    }
 
     /// A connection that the far end has refused and closed, with octets and the alert still to be read.
     struct Refused(usize);
