@@ -32,6 +32,7 @@ pub mod registration;
 pub mod retry;
 pub mod routing;
 pub mod service_account;
+pub mod silence;
 pub mod sni;
 pub mod source;
 pub mod stall;

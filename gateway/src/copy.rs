@@ -84,6 +84,8 @@ pub fn prepare(tcp: &TcpStream) {
     // Either only fails on a connection that is gone, which shows soon enough.
     let _ = tcp.set_nodelay(true);
     let _ = socket2::SockRef::from(tcp).set_tcp_notsent_lowat(UNSENT_MAX);
+    // A sidecar whose host has vanished would hold its legs, and their far ends, for ever.
+    tombolo_leg::dial::keep_alive(tcp);
 }
 
 /// Carries until both directions have ended or one has failed; then both ends are told.
@@ -279,4 +281,20 @@ fn advance(chunks: &mut [Bytes], mut count: usize) -> &mut [Bytes] {
         whole += 1;
     }
     &mut chunks[whole..]
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[tokio::test]
+    async fn a_legs_other_end_is_probed() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        prepare(&tcp);
+        let socket = socket2::SockRef::from(&tcp);
+        assert!(socket.keepalive().unwrap());
+        assert!(socket.tcp_keepalive_time().unwrap() <= Duration::from_secs(30));
+    }
 }

@@ -8,12 +8,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use common::{Far, Mood, WEB, World, bounded, eventually, share};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tombolo_core::model::Origin;
 use tombolo_core::outlier::Outcome;
 use tombolo_core::refusal::Refusal;
 use tombolo_core::routing::ClusterReach;
+use tombolo_core::silence::SilenceConfig;
+use tombolo_runtime::process::Process;
 use tombolo_sidecar::outbound::gateways::PeerReach;
 
 fn cluster_of(answer: &str) -> &str {
@@ -355,4 +357,35 @@ async fn warm_legs_over_a_lost_way_are_closed() {
     assert!(standing() > 0);
     targets.iter().for_each(|target| target.warm.leave(&"gw-east".parse().unwrap()));
     assert_eq!(standing(), 0);
+}
+
+#[tokio::test]
+async fn opaque_connections_wait_for_a_silent_gateway_and_end_when_it_answers_nothing() {
+    let patience = SilenceConfig { ask_every: Duration::from_millis(100), dead_after: Duration::from_secs(1) };
+    let more = "limits: {connectTimeout: 300ms, warmLegs: 0}";
+    let world = World::with_patience(more, &Process::bare("sidecar"), patience).await;
+    world.tell(false, true);
+    let listener = world.listener("web.shop:5432").await;
+    let mut connection = TcpStream::connect(listener).await.unwrap();
+    bounded(connection.read_exact(&mut [0; "hello from west\n".len()])).await.unwrap();
+
+    // It says nothing of itself, but it answers when it is asked: twice its time is over, and the connection stands.
+    let asked = || world.gate.legs.load(Ordering::SeqCst);
+    let (before, began) = (asked(), Instant::now());
+    eventually("it was asked", || began.elapsed() > 2 * patience.dead_after && asked() > before + 3).await;
+    connection.write_all(b"echo").await.unwrap();
+    bounded(connection.read_exact(&mut [0; 4])).await.unwrap();
+    // While it says of itself what it reaches, nobody asks.
+    let west = BTreeMap::from([("west".parse().unwrap(), PeerReach { reach: ClusterReach::Up, rtt: None })]);
+    let gateway = "gw-east".parse().unwrap();
+    world.outbound.gateways.observe(&gateway, false, Some(west));
+    let before = asked();
+    tokio::time::sleep(5 * patience.ask_every).await;
+    assert!(asked() <= before + 1);
+
+    world.gate.hangs.store(true, Ordering::SeqCst);
+    world.outbound.gateways.observe(&gateway, false, None);
+    let began = Instant::now();
+    assert!(bounded(connection.read(&mut [0])).await.is_err(), "a reset, and no orderly end");
+    assert!(began.elapsed() + Duration::from_millis(200) >= patience.dead_after, "{:?}", began.elapsed());
 }

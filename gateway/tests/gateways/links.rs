@@ -226,6 +226,20 @@ async fn a_silent_path_is_suspect_within_a_second_and_keeps_its_legs() {
 }
 
 #[tokio::test]
+async fn a_dead_tunnel_resets_the_legs_that_waited_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let liveness = LivenessConfig { dead_after: Duration::from_secs(2), ..LivenessConfig::default() };
+    let (pair, path) = linked_by_path(folder.path(), liveness).await;
+    let mut leg = pair.west_node.accepted(WEB).await;
+    echoes(&mut leg, "before").await;
+    path.cut();
+    let start = Instant::now();
+    let end = tokio::time::timeout(Duration::from_secs(20), leg.read(&mut [0; 8])).await.unwrap();
+    assert!(end.is_err(), "a reset, and no orderly end");
+    assert!(start.elapsed() >= Duration::from_secs(1), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
 async fn where_nobody_listens_any_more_the_tunnel_is_suspect_at_once() {
     let folder = tempfile::tempdir().unwrap();
     // Silence alone would take far too long.

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tombolo_core::id::{ClusterId, GatewayId};
 use tombolo_core::model::Origin;
 use tombolo_core::refusal::Refusal;
+use tombolo_core::silence::SilenceConfig;
 use tombolo_core::sni::LegTarget;
 use tombolo_core::trace::TraceParent;
 use tombolo_leg::Alpn;
@@ -57,14 +58,16 @@ pub struct LegDialer {
     svid_version: watch::Receiver<u64>,
     pub gateways: Gateways,
     connect_timeout: Duration,
+    /// With gateways that fall silent.
+    pub patience: SilenceConfig,
     http: HttpLimits,
     observed: Observed,
 }
 
-/// An opaque leg and what is said about it.
+/// A leg and the gateway of this cluster that it crosses, if any.
 pub struct WithGateway<T> {
     pub leg: T,
-    pub gateway: Option<GatewayId>,
+    pub gateway: Option<Arc<Gateway>>,
 }
 
 impl LegDialer {
@@ -73,6 +76,7 @@ impl LegDialer {
         trust: &TrustStore,
         gateways: Gateways,
         connect_timeout: Duration,
+        patience: SilenceConfig,
         observed: Observed,
     ) -> Self {
         Self {
@@ -81,6 +85,7 @@ impl LegDialer {
             svid_version: svid.subscribe(),
             gateways,
             connect_timeout,
+            patience,
             http: HttpLimits::default(),
             observed,
         }
@@ -138,7 +143,30 @@ impl LegDialer {
             refused: Refused::new(Refusal::ConnectionLost, error.to_string()),
             blame: Blame::Endpoint,
         })?;
-        Ok(Dialled { leg, stamp, gateway, credentials, counted })
+        Ok(Dialled { leg, stamp, gateway: gateway.map(|gateway| gateway.id.clone()), credentials, counted })
+    }
+
+    /// Whether a gateway says anything at all about a leg to `target`; that it refuses one will do.
+    pub async fn answers(&self, gateway: &Gateway, target: &Target) -> bool {
+        let Some(trust_domain) = self.trust.snapshot().domain_of(&target.key.cluster).cloned() else { return false };
+        let request = LegRequest {
+            target: target.leg_target(),
+            trust_domain,
+            server_ids: target.server_ids.clone(),
+            via: Via::Gateway { address: gateway.ingress.clone() },
+            alpn: Alpn::Tcp,
+            trace: None,
+            tracestate: None,
+            deadline: self.connect_timeout,
+        };
+        match self.dialer.dial(request).await {
+            Ok(_) => true,
+            Err(error) => match error.stage {
+                Stage::Connect => false,
+                Stage::Gateway => !matches!(error.refusal, Refusal::Timeout | Refusal::ConnectionLost),
+                Stage::Handshake => true,
+            },
+        }
     }
 
     /// A leg of its own.
@@ -217,7 +245,7 @@ impl LegDialer {
                             gateway.worked();
                             // Those that were asked before this one and have said nothing.
                             asked.iter().for_each(|silent| silent.failed());
-                            return Ok(WithGateway { leg, gateway: Some(gateway.id.clone()) });
+                            return Ok(WithGateway { leg, gateway: Some(gateway) });
                         }
                         Err(error) if error.refusal == Refusal::NoCertificate => return Err(blame_here(error)),
                         Err(error) if is_the_gateways(&error, &gateway) => last = blame_way(error, &gateway),

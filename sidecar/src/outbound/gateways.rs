@@ -11,6 +11,8 @@ use tombolo_core::id::{ClusterId, GatewayId};
 use tombolo_core::routing::ClusterReach;
 use tombolo_leg::discovery::LocalGateway;
 
+use super::crossing::Standing;
+
 /// A gateway that refused or did not connect is passed over for this long at first; twice as long each time
 /// that it happens again, up to [`AVOID_MAX`]. One success forgives everything.
 const AVOID: Duration = Duration::from_millis(500);
@@ -34,6 +36,7 @@ pub struct Gateway {
     base: Instant,
     avoid_until_ms: AtomicU64,
     failures: AtomicU32,
+    pub standing: Standing,
 }
 
 /// All gateways of this cluster.
@@ -53,7 +56,11 @@ impl Gateways {
             before.iter().find(same).cloned()
         };
         let now = gateways.iter().map(|gateway| known(gateway).unwrap_or_else(|| Arc::new(Gateway::new(gateway))));
-        self.all.store(Arc::new(now.collect()));
+        let now: Vec<_> = now.collect();
+        // Those that are gone are heard of no more; connections may still stand across them.
+        let gone = before.iter().filter(|old| !now.iter().any(|new| Arc::ptr_eq(new, old)));
+        gone.for_each(|gateway| gateway.peers.store(Arc::default()));
+        self.all.store(Arc::new(now));
     }
 
     /// Takes in what GatewayWatch says; `None` when the watch is lost, so that nothing is known any more. Returns the
@@ -139,7 +146,13 @@ impl Gateway {
             base: Instant::now(),
             avoid_until_ms: AtomicU64::new(0),
             failures: AtomicU32::new(0),
+            standing: Standing::default(),
         }
+    }
+
+    /// Whether it says of itself now which clusters it reaches.
+    pub fn says_of_itself(&self) -> bool {
+        self.peers.load().is_some()
     }
 
     /// What this gateway says of a cluster; a peer that it does not list has no tunnel.

@@ -13,6 +13,7 @@
 mod access_log;
 mod body;
 mod breaker;
+mod crossing;
 mod detect;
 pub mod dial;
 mod explain;
@@ -46,6 +47,7 @@ use tokio::sync::{Notify, Semaphore};
 use tombolo_core::capture::parse_range;
 use tombolo_core::outlier::OutlierConfig;
 use tombolo_core::retry::Schedule;
+use tombolo_core::silence::SilenceConfig;
 use tombolo_runtime::drain::DrainWatch;
 use tombolo_runtime::process::Process;
 use tombolo_runtime::telemetry::Tracer;
@@ -90,6 +92,18 @@ impl Outbound {
         trust: &TrustStore,
         source: Box<dyn ServiceSource>,
     ) -> Arc<Self> {
+        Self::with_patience(config, process, svid, trust, source, SilenceConfig::default())
+    }
+
+    /// The same with other patience with gateways that fall silent.
+    pub fn with_patience(
+        config: &Config,
+        process: &Process,
+        svid: &SvidSource,
+        trust: &TrustStore,
+        source: Box<dyn ServiceSource>,
+        patience: SilenceConfig,
+    ) -> Arc<Self> {
         let (limits, retry) = (&config.limits, &config.retry);
         let observed = Observed::new(&process.metrics);
         let gateways = Gateways::default();
@@ -114,7 +128,7 @@ impl Outbound {
         };
         let service_limits =
             ServiceLimits { services: limits.services, wait: limits.discovery_wait, idle: limits.service_idle };
-        let dialer = LegDialer::new(svid, trust, gateways.clone(), limits.connect_timeout, observed.clone());
+        let dialer = LegDialer::new(svid, trust, gateways.clone(), limits.connect_timeout, patience, observed.clone());
         Arc::new(Self {
             services: Services::new(source, around, service_limits),
             dialer: Arc::new(dialer),

@@ -17,12 +17,14 @@ use tombolo_core::retry::{self, BodyState, Progress, Verdict};
 use tombolo_core::routing::{EndpointKey, PickReason};
 use tombolo_core::trace::TraceParent;
 use tombolo_leg::Alpn;
+use tombolo_leg::credentials::Credentials;
 use tombolo_leg::dial::Leg;
 use tombolo_leg::opaque::{self, CopyEnd, Open, OpenError};
 use tombolo_runtime::telemetry::{Kind, Span};
 
 use super::body::ResponseBody;
-use super::dial::{Blame, way_lost};
+use super::crossing::Crossing;
+use super::dial::{Blame, WithGateway, way_lost};
 use super::http::{Caller, Failure, no_endpoint, not_sent, remember};
 use super::observe::Counted;
 use super::refuse::Refused;
@@ -33,7 +35,15 @@ use super::{Outbound, explain, warm};
 /// A leg whose far application has accepted.
 pub struct Opened {
     leg: Leg,
+    crossing: Option<Crossing>,
     flight: Flight,
+}
+
+/// Why a connection is ended from here.
+enum Ended {
+    Untrusted(Refusal),
+    GatewaySilent,
+    Stopped,
 }
 
 /// Answers CONNECT: 200 only when the far application has accepted.
@@ -115,12 +125,13 @@ pub async fn open(
         let flight = Flight::begin(target.clone(), route.breaker.connections.enter("connections")?);
         let tried_at = Instant::now();
         let failure = match open_once(outbound, &target, caller, trace).await {
-            Ok(leg) => {
+            Ok(WithGateway { leg, gateway }) => {
                 route.handle_outcome(&target, Outcome::Answered { after: tried_at.elapsed() }, Instant::now());
                 if tried.first().is_some_and(|first| first.cluster != target.key.cluster) {
                     outbound.observed.failovers.inc();
                 }
-                return Ok(Opened { leg, flight });
+                let crossing = gateway.map(|gateway| Crossing::begin(&outbound.dialer, &gateway, &target));
+                return Ok(Opened { leg, crossing, flight });
             }
             Err(failure) => failure,
         };
@@ -144,7 +155,7 @@ async fn open_once(
     target: &Arc<Target>,
     caller: &Caller,
     trace: Option<TraceParent>,
-) -> Result<Leg, Failure> {
+) -> Result<WithGateway<Leg>, Failure> {
     let message = Open { port: target.port, client_address: Some(caller.address), trace, tracestate: None };
     target.warm.handle_use(Instant::now());
     while let Some(leg) = target.warm.take(outbound.dialer.stamp()) {
@@ -157,7 +168,7 @@ async fn open_once(
             Err(error) => return Err(open_failed(target, error)),
         }
     }
-    let leg = outbound.dialer.dial(target, Alpn::Tcp, trace).await.map_err(not_sent)?.leg;
+    let leg = outbound.dialer.dial(target, Alpn::Tcp, trace).await.map_err(not_sent)?;
     let leg = open_leg(outbound, target, leg, &message).await?.map_err(|error| open_failed(target, error))?;
     warm::replenish(&outbound.dialer, target);
     Ok(leg)
@@ -167,10 +178,10 @@ async fn open_once(
 async fn open_leg(
     outbound: &Outbound,
     target: &Target,
-    mut leg: Leg,
+    mut leg: WithGateway<Leg>,
     message: &Open,
-) -> Result<Result<Leg, OpenError>, Failure> {
-    let answer = tokio::time::timeout(outbound.connect_timeout, opaque::open(&mut leg.stream, message));
+) -> Result<Result<WithGateway<Leg>, OpenError>, Failure> {
+    let answer = tokio::time::timeout(outbound.connect_timeout, opaque::open(&mut leg.leg.stream, message));
     let answer = tokio::select! {
         answer = answer => answer,
         () = outbound.gateways.lost(&target.key.cluster) => return Err(not_sent(way_lost(&target.key.cluster))),
@@ -198,20 +209,19 @@ fn open_failed(target: &Target, OpenError { refusal, detail, .. }: OpenError) ->
 
 /// Copies until both sides are done; a reset of one becomes a reset of the other.
 async fn carry(outbound: &Outbound, opened: Opened, mut connection: TcpStream, early: &Bytes) {
-    let Opened { mut leg, flight } = opened;
+    let Opened { mut leg, mut crossing, flight } = opened;
     let _held = (flight, Counted::new(&outbound.observed.opaque));
     // What the caller sent behind its CONNECT was read with it.
     if !early.is_empty() && leg.stream.write_all(early).await.is_err() {
         return opaque::reset(connection);
     }
+    let credentials = leg.credentials.clone();
     let end = tokio::select! {
         ended = opaque::copy_both(&mut leg.stream, &mut connection) => Some(ended.end),
-        refusal = leg.credentials.refused(outbound.dialer.trust()) => {
-            tracing::info!(server = %leg.server_id, %refusal, "connection closed: its server is no longer trusted");
-            outbound.observed.refused(refusal);
+        ended = end_early(outbound, &credentials, crossing.as_mut()) => {
+            account_for(outbound, &leg, &ended);
             None
         }
-        () = outbound.drain.stopped() => None,
     };
     match end {
         Some(CopyEnd::Closed) => {}
@@ -228,17 +238,43 @@ async fn carry(outbound: &Outbound, opened: Opened, mut connection: TcpStream, e
 }
 
 async fn carry_stream(outbound: &Outbound, opened: Opened, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
-    let Opened { mut leg, flight } = opened;
+    let Opened { mut leg, mut crossing, flight } = opened;
     let _held = (flight, Counted::new(&outbound.observed.opaque));
+    let credentials = leg.credentials.clone();
     let end = tokio::select! {
         ended = opaque::copy_both(&mut leg.stream, &mut stream) => Some(ended.end),
-        refusal = leg.credentials.refused(outbound.dialer.trust()) => {
-            outbound.observed.refused(refusal);
+        ended = end_early(outbound, &credentials, crossing.as_mut()) => {
+            account_for(outbound, &leg, &ended);
             None
         }
-        () = outbound.drain.stopped() => None,
     };
     if !matches!(end, Some(CopyEnd::Closed)) {
         opaque::reset(leg.stream.into_inner().0);
+    }
+}
+
+/// Completes when a connection that stands must end, whatever its two ends think.
+async fn end_early(outbound: &Outbound, credentials: &Credentials, crossing: Option<&mut Crossing>) -> Ended {
+    let given_up = async {
+        match crossing {
+            Some(crossing) => crossing.given_up().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        refusal = credentials.refused(outbound.dialer.trust()) => Ended::Untrusted(refusal),
+        () = given_up => Ended::GatewaySilent,
+        () = outbound.drain.stopped() => Ended::Stopped,
+    }
+}
+
+fn account_for(outbound: &Outbound, leg: &Leg, ended: &Ended) {
+    match ended {
+        Ended::Untrusted(refusal) => {
+            tracing::info!(server = %leg.server_id, %refusal, "connection closed: its server is no longer trusted");
+            outbound.observed.refused(*refusal);
+        }
+        Ended::GatewaySilent => outbound.observed.refused(Refusal::Timeout),
+        Ended::Stopped => {}
     }
 }

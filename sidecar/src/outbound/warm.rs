@@ -42,9 +42,14 @@ struct State {
 }
 
 struct Warm {
-    leg: Leg,
+    leg: WithGateway<Leg>,
     stamp: Stamp,
-    gateway: Option<GatewayId>,
+}
+
+impl Warm {
+    fn gateway(&self) -> Option<&GatewayId> {
+        self.leg.gateway.as_ref().map(|gateway| &gateway.id)
+    }
 }
 
 impl WarmLegs {
@@ -71,10 +76,10 @@ impl WarmLegs {
 
     /// A leg that stands, if there is one. Its far end may have gone all the same, which shows when OPEN is
     /// not answered.
-    pub fn take(&self, stamp: Stamp) -> Option<Leg> {
+    pub fn take(&self, stamp: Stamp) -> Option<WithGateway<Leg>> {
         let mut state = self.lock();
         while let Some(warm) = state.legs.pop() {
-            if warm.stamp == stamp && is_quiet(&warm.leg) {
+            if warm.stamp == stamp && is_quiet(&warm.leg.leg) {
                 return Some(warm.leg);
             }
         }
@@ -88,9 +93,9 @@ impl WarmLegs {
         let wanted = if in_use { state.taken.max(1).min(self.max()) } else { 0 };
         (state.wanted, state.taken) = (wanted, 0);
         state.legs.truncate(wanted);
-        state.legs.retain(|warm| {
-            warm.stamp == stamp && !warm.gateway.as_ref().is_some_and(&is_leaving) && is_quiet(&warm.leg)
-        });
+        state
+            .legs
+            .retain(|warm| warm.stamp == stamp && !warm.gateway().is_some_and(&is_leaving) && is_quiet(&warm.leg.leg));
     }
 
     /// Closes at once what was dialled with anything else than this.
@@ -100,7 +105,7 @@ impl WarmLegs {
 
     /// Closes at once what crosses a gateway that says that it does not reach the cluster any more.
     pub fn leave(&self, gateway: &GatewayId) {
-        self.lock().legs.retain(|warm| warm.gateway.as_ref() != Some(gateway));
+        self.lock().legs.retain(|warm| warm.gateway() != Some(gateway));
     }
 
     pub fn standing(&self) -> usize {
@@ -152,8 +157,8 @@ pub fn replenish(dialer: &Arc<LegDialer>, target: &Arc<Target>) {
             // Taken before dialling: a leg is never newer than its stamp says.
             let stamp = dialer.stamp();
             // A failure is left for the next connection, which dials itself and tells why.
-            let Ok(WithGateway { leg, gateway }) = dialer.dial(&filling.0, Alpn::Tcp, None).await else { return };
-            filling.add(Warm { leg, stamp, gateway });
+            let Ok(leg) = dialer.dial(&filling.0, Alpn::Tcp, None).await else { return };
+            filling.add(Warm { leg, stamp });
         }
     });
 }

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ use tombolo_core::model::{
     Transport,
 };
 use tombolo_core::refusal::Refusal;
+use tombolo_core::silence::SilenceConfig;
 use tombolo_core::trace::Hop;
 use tombolo_leg::Alpn;
 use tombolo_leg::accept::{AcceptedLeg, Acceptor};
@@ -290,6 +291,8 @@ pub struct Gate {
     /// What it says instead, if anything.
     pub refuses: Arc<Mutex<Option<Refusal>>>,
     pub legs: Arc<AtomicU32>,
+    /// While it hangs, what stands across it stands, and new legs are accepted by its kernel only.
+    pub hangs: Arc<AtomicBool>,
     running: tokio::task::JoinHandle<()>,
 }
 
@@ -299,14 +302,19 @@ impl Gate {
         let address = listener.local_addr().unwrap();
         let refuses: Arc<Mutex<Option<Refusal>>> = Arc::default();
         let legs: Arc<AtomicU32> = Arc::default();
-        let (refusing, counted) = (refuses.clone(), legs.clone());
+        let hangs: Arc<AtomicBool> = Arc::default();
+        let (refusing, counted, hanging) = (refuses.clone(), legs.clone(), hangs.clone());
         let running = tokio::spawn(async move {
             let mut open = JoinSet::new();
             loop {
                 let Ok((mut near, _)) = listener.accept().await else { return };
                 let refused = *refusing.lock().unwrap();
                 counted.fetch_add(1, Ordering::SeqCst);
+                let hangs = hanging.load(Ordering::SeqCst);
                 open.spawn(async move {
+                    if hangs {
+                        return std::future::pending().await;
+                    }
                     let Ok(opening) = read_opening(&mut near, ProxyPolicy::Read).await else { return };
                     assert!(opening.proxy.unwrap().status_wanted);
                     if let Some(refusal) = refused {
@@ -331,7 +339,7 @@ impl Gate {
                 });
             }
         });
-        Self { address, refuses, legs, running }
+        Self { address, refuses, legs, hangs, running }
     }
 
     pub fn kill(&self) {
@@ -394,6 +402,10 @@ impl World {
     }
 
     pub async fn of(more: &str, process: &Process) -> Self {
+        Self::with_patience(more, process, SilenceConfig::default()).await
+    }
+
+    pub async fn with_patience(more: &str, process: &Process, patience: SilenceConfig) -> Self {
         let (east, west) = (Cluster::new("east"), Cluster::new("west"));
         let trust = TrustStore::new();
         assert_eq!(trust.replace_all(vec![east.bundle(), west.bundle()]), []);
@@ -405,7 +417,7 @@ impl World {
         let text =
             format!("instance: shopper-1\nfederation: {{address: 'localhost:1', ca: ca.pem}}\nstate: state\n{more}");
         let config: Config = tombolo_runtime::config::parse(&text, std::path::Path::new("test.yaml")).unwrap();
-        let outbound = Outbound::new(&config, process, &svid, &trust, Box::new(told.clone()));
+        let outbound = Outbound::with_patience(&config, process, &svid, &trust, Box::new(told.clone()), patience);
         outbound.gateways.replace(&[gate.as_local("gw-east")]);
         tokio::spawn(upkeep::run(outbound.clone()));
         let proxy = listen(&outbound, None).await;
