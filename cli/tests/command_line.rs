@@ -116,3 +116,49 @@ fn the_configuration_reference_is_valid() {
     }
     assert_eq!(checked, ["federation", "federation", "federation", "gateway", "sidecar", "agent"]);
 }
+
+/// A Deployment with every kind of probe, annotated.
+fn deployment(annotations: &str) -> String {
+    format!(
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: web, namespace: shop}}\nspec:\n  template:\n    metadata:\n      \
+         annotations: {annotations}\n    spec:\n      containers:\n        - name: app\n          image: web:1\n          \
+         ports: [{{name: http, containerPort: 8080}}]\n          \
+         livenessProbe: {{httpGet: {{path: /healthz, port: http, httpHeaders: [{{name: Host, value: web}}]}}}}\n          \
+         readinessProbe: {{grpc: {{port: 8081}}, timeoutSeconds: 2}}\n          startupProbe: {{tcpSocket: {{port: http}}}}\n"
+    )
+}
+
+#[test]
+fn manifests_are_injected_with_configurations_that_the_sidecar_takes() {
+    let directory = tempfile::tempdir().unwrap();
+    let inject = |annotations: &str, further: &[&str]| {
+        let file = directory.path().join("shop.yaml");
+        std::fs::write(&file, deployment(annotations)).unwrap();
+        let common = ["inject", file.to_str().unwrap(), "--image", "tombolo:1", "--trust-domain", "west.tombolo"];
+        tombolo(&[&common, further].concat())
+    };
+    for (annotations, further, want) in [
+        ("{}", &[][..], "tombolo-capture"),
+        ("{tombolo.dev/plaintext: strict}", &[], "port: 15022"),
+        ("{}", &["--pod-security", "restricted", "--cluster-dns", "10.96.0.10"], "dnsPolicy: None"),
+        ("{tombolo.dev/capture: off}", &[], "tombolo-sidecar"),
+        ("{tombolo.dev/sidecar: '{retry: {tries: 5}}'}", &[], "tries"),
+    ] {
+        let output = inject(annotations, further);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success() && text.contains(want), "{annotations}: {}{text}", errors(&output));
+        assert!(errors(&output).contains("Deployment/shop/web: injected"), "{}", errors(&output));
+    }
+    for (annotations, want) in [
+        (
+            "{tombolo.dev/capture: ebpf}",
+            "shop.yaml:1: annotation tombolo.dev/capture: \"ebpf\" is none of init, dns, off",
+        ),
+        ("{tombolo.dev/sidecar: '{retry: {tries: 99}}'}", "Deployment/shop/web: the sidecar would refuse this"),
+        ("{tombolo.dev/capture: dns}", "needs to know the cluster's DNS server"),
+    ] {
+        let output = inject(annotations, &[]);
+        assert!(!output.status.success() && output.stdout.is_empty(), "{annotations}");
+        assert!(errors(&output).contains(want), "{annotations}: {}", errors(&output));
+    }
+}
