@@ -31,6 +31,7 @@ pub mod proto {
         package!(operator, "tombolo.operator.v1");
         package!(peer, "tombolo.peer.v1");
         package!(peering, "tombolo.peering.v1");
+        package!(replica, "tombolo.replica.v1");
         package!(tunnel, "tombolo.tunnel.v1");
     }
 
@@ -42,5 +43,6 @@ pub mod proto {
     pub use packages::operator::v1 as operator;
     pub use packages::peer::v1 as peer;
     pub use packages::peering::v1 as peering;
+    pub use packages::replica::v1 as replica;
     pub use packages::tunnel::v1 as tunnel;
 }

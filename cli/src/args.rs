@@ -45,7 +45,7 @@ pub enum Command {
     Trust(TrustCommand),
     /// Write everything of this cluster's federation that can't be had again into one file; it may be running
     Backup(BackupCommand),
-    /// Put a backup's content into an empty state directory
+    /// Put a backup's content into an empty state directory or namespace
     Restore(RestoreCommand),
     /// Print the CustomResourceDefinitions of every kind that tombolo brings along, for `kubectl apply -f -`
     Crds(CrdsCommand),
@@ -429,7 +429,7 @@ pub struct BackupCommand {
     pub file: PathBuf,
 
     #[command(flatten)]
-    pub socket: Socket,
+    pub kept: Kept,
 }
 
 #[derive(Args)]
@@ -437,9 +437,20 @@ pub struct RestoreCommand {
     /// What `tombolo backup` wrote
     pub file: PathBuf,
 
-    /// The state directory that the federation will have
+    #[command(flatten)]
+    pub kept: Kept,
+}
+
+/// Where a federation's state is.
+#[derive(Args)]
+pub struct Kept {
+    /// The federation's state directory; /var/lib/tombolo for a backup unless something is said
     #[arg(long, env = "TOMBOLO_STATE", value_name = "DIR")]
-    pub state: PathBuf,
+    pub state: Option<PathBuf>,
+
+    /// The configuration of a federation with `store: kubernetes`, in the place of a state directory
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 #[derive(Args)]

@@ -64,6 +64,10 @@ impl Election {
         Self { identity, duration, seen: None, renewed: None, lost: None }
     }
 
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
     /// How often to ask or to renew: several times within what is left when one attempt fails.
     pub fn interval(&self) -> Duration {
         self.duration / 5

@@ -13,6 +13,7 @@ pub mod catalog;
 pub mod conflict;
 pub mod detect;
 pub mod dns;
+pub mod document;
 pub mod door;
 pub mod freshness;
 pub mod health;

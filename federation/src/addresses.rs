@@ -58,6 +58,25 @@ impl Addresses {
     }
 }
 
+/// Tells the hub which addresses another replica has allocated, whenever that has changed, until the hub ends.
+pub async fn follow(hub: HubHandle, store: Store, ranges: Ranges) {
+    let mut changes = store.changes();
+    let mut told: Option<Arc<Addresses>> = None;
+    loop {
+        changes.borrow_and_update();
+        let addresses = Arc::new(Addresses::new(&store.addresses(), ranges, BTreeSet::new(), told.as_deref()));
+        if !told.as_ref().is_some_and(|told| told.is_same(&addresses)) {
+            if hub.addressed(addresses.clone()).await.is_err() {
+                return;
+            }
+            told = Some(addresses);
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Allocates what the hub's services need, and goes on to.
 pub struct Allocator {
     hub: HubHandle,

@@ -1,7 +1,8 @@
 //! Everything of a federation that can't be had again elsewhere, in one file: the CA with its keys, peers, join entries,
 //! revocations, virtual addresses, the age of exports. What peers published is not in it; they are asked for it again.
 //!
-//! A backup is made of a federation that runs or not: each file of the state is replaced whole, so that it is read whole.
+//! A backup is made of a federation that runs or not: each document of the state is replaced whole, so that it is read
+//! whole. A backup of a state directory can be restored into an API server, and the other way round.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,8 +15,11 @@ use serde::{Deserialize, Serialize};
 use tombolo_trust::atomic;
 use tombolo_trust::peering::sha256;
 
-/// The CA, in the state directory. Written last: without it a federation begins anew.
-const CA: &str = "ca.json";
+use crate::config::{Config, SourceConfig, StoreConfig};
+use crate::kubernetes::{self, ClientError, Leadership};
+use crate::store::objects::{CA, Objects};
+use crate::store::{DOCUMENTS, StoreError};
+
 /// The store's folder there.
 const FOLDER: &str = "federation";
 /// Whose state it is.
@@ -43,10 +47,16 @@ const KIND: &str = "tombolo backup: holds private keys";
 pub enum BackupError {
     #[error("{path}: {error}; check that it is there and its permissions", path = path.display())]
     Io { path: PathBuf, error: io::Error },
-    #[error("{path} is the state of no federation: {CA} or {OWNER} is missing", path = .0.display())]
-    NoState(PathBuf),
-    #[error("{path} holds the state of a federation already; restore into an empty directory", path = .0.display())]
-    StateThere(PathBuf),
+    #[error("{0} is the state of no federation: {CA} or {OWNER} is missing")]
+    NoState(String),
+    #[error("{0} holds the state of a federation already; restore into an empty directory or namespace")]
+    StateThere(String),
+    #[error("this federation's state is in {dir}; name that with --state", dir = .0.display())]
+    InDirectory(PathBuf),
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
     #[error("this is no backup of a federation, or it is damaged: {0}; take another one")]
     Damaged(String),
     #[error("the backup was written by a later release (format {0}); restore it with that release")]
@@ -60,10 +70,10 @@ pub fn backup(state: &Path, now: Timestamp) -> Result<Vec<u8>, BackupError> {
         let path = state.join(&name);
         let text = fs::read_to_string(&path).map_err(|error| BackupError::Io { path, error })?;
         files.insert(name, text);
-        Ok(())
+        Ok::<_, BackupError>(())
     };
     if !state.join(CA).is_file() || !state.join(OWNER).is_file() {
-        return Err(BackupError::NoState(state.to_owned()));
+        return Err(BackupError::NoState(state.display().to_string()));
     }
     add(CA.to_owned())?;
     let folder = state.join(FOLDER);
@@ -74,6 +84,42 @@ pub fn backup(state: &Path, now: Timestamp) -> Result<Vec<u8>, BackupError> {
             add(name)?;
         }
     }
+    seal(files, now)
+}
+
+/// All that is in an API server, as the content of one file. It holds private keys. Blocks.
+pub fn backup_objects(objects: &Objects, now: Timestamp) -> Result<Vec<u8>, BackupError> {
+    let mut files = BTreeMap::new();
+    for (name, document) in documents() {
+        if let Some(octets) = objects.read(document)? {
+            let text = String::from_utf8(octets).map_err(|_| BackupError::Damaged(format!("{document} is no text")))?;
+            files.insert(name, text);
+        }
+    }
+    if !files.contains_key(CA) || !files.contains_key(OWNER) {
+        return Err(BackupError::NoState(objects.whole()));
+    }
+    seal(files, now)
+}
+
+/// The objects that hold the state of the federation with this configuration. Needs a runtime.
+pub async fn objects_of(config: &Config) -> Result<Objects, BackupError> {
+    match (&config.source, config.store) {
+        (SourceConfig::Kubernetes(kubernetes), StoreConfig::Kubernetes) => {
+            let (client, _) = kubernetes::connect(kubernetes).await?;
+            // Nothing is written to what a federation writes to.
+            Ok(Objects::new(client, &kubernetes.namespace, Leadership::none()))
+        }
+        _ => Err(BackupError::InDirectory(config.state.clone())),
+    }
+}
+
+/// The names of all documents in a backup, with their names in the store, the CA's last.
+fn documents() -> impl Iterator<Item = (String, &'static str)> {
+    DOCUMENTS.into_iter().map(|name| (format!("{FOLDER}/{name}"), name)).chain([(CA.to_owned(), CA)])
+}
+
+fn seal(files: BTreeMap<String, String>, now: Timestamp) -> Result<Vec<u8>, BackupError> {
     let backup = Backup { kind: KIND.into(), version: VERSION, created: now, sha256: digest(&files), files };
     serde_json::to_vec(&backup).map_err(|error| BackupError::Damaged(error.to_string()))
 }
@@ -85,8 +131,8 @@ pub struct Restored {
     pub files: usize,
 }
 
-/// Puts a backup's content into a state directory that holds no state yet. When this returns it is durable.
-pub fn restore(state: &Path, file: &Path) -> Result<Restored, BackupError> {
+/// Reads a backup, and judges all of it.
+fn open(file: &Path) -> Result<Backup, BackupError> {
     let unreadable = |error| BackupError::Io { path: file.to_owned(), error };
     if fs::metadata(file).map_err(unreadable)?.len() > OCTETS_MAX {
         return Err(BackupError::Damaged("it is larger than 256 MiB".into()));
@@ -102,21 +148,43 @@ pub fn restore(state: &Path, file: &Path) -> Result<Restored, BackupError> {
     if let Some(foreign) = backup.files.keys().find(|name| *name != CA && !is_kept(name)) {
         return Err(BackupError::Damaged(format!("{foreign:?} is no file of a federation's state")));
     }
-    let Some(ca) = backup.files.get(CA).filter(|_| backup.files.contains_key(OWNER)) else {
+    if !backup.files.contains_key(CA) || !backup.files.contains_key(OWNER) {
         return Err(BackupError::Damaged(format!("{CA} or {OWNER} is missing in it")));
-    };
+    }
+    Ok(backup)
+}
+
+/// Puts a backup's content into a state directory that holds no state yet. When this returns it is durable.
+pub fn restore(state: &Path, file: &Path) -> Result<Restored, BackupError> {
+    let backup = open(file)?;
     if state.join(CA).exists() {
-        return Err(BackupError::StateThere(state.to_owned()));
+        return Err(BackupError::StateThere(state.display().to_string()));
     }
     let written = |path: PathBuf, text: &str| {
         atomic::write_private(&path, text.as_bytes()).map_err(|error| BackupError::Io { path, error })
     };
     let folder = state.join(FOLDER);
     atomic::create_private_dir(&folder).map_err(|error| BackupError::Io { path: folder, error })?;
-    for (name, text) in backup.files.iter().filter(|(name, _)| *name != CA) {
+    // The CA last: without it a federation begins anew.
+    let (ca, others): (Vec<_>, Vec<_>) = backup.files.iter().partition(|(name, _)| *name == CA);
+    for (name, text) in others.into_iter().chain(ca) {
         written(state.join(name), text)?;
     }
-    written(state.join(CA), ca)?;
+    Ok(Restored { created: backup.created, files: backup.files.len() })
+}
+
+/// Puts a backup's content into an API server that holds no state yet. When this returns it is durable. Blocks.
+pub fn restore_objects(objects: &Objects, file: &Path, now: Timestamp) -> Result<Restored, BackupError> {
+    let backup = open(file)?;
+    if objects.read(CA)?.is_some() {
+        return Err(BackupError::StateThere(objects.whole()));
+    }
+    let write = u64::try_from(now.as_microsecond()).unwrap_or(0);
+    for (name, document) in documents() {
+        if let Some(text) = backup.files.get(&name) {
+            objects.restore(document, text.as_bytes(), write)?;
+        }
+    }
     Ok(Restored { created: backup.created, files: backup.files.len() })
 }
 

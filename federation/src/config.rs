@@ -30,15 +30,22 @@ pub struct Config {
     pub cluster: ClusterId,
     /// The cluster's own trust domain; `<cluster>.tombolo` if absent. It can't be changed later.
     pub trust_domain: Option<TrustDomain>,
-    /// Directory of the CA, of peers and of everything else that must outlive a restart.
+    /// Directory of the CA, of peers and of everything else that must outlive a restart; with another `store`, of the
+    /// operator's socket and of what can be had again.
     pub state: PathBuf,
     pub source: SourceConfig,
+    /// Where the CA, peers and everything else is kept that must outlive a restart.
+    #[serde(default)]
+    pub store: StoreConfig,
     /// Discovery and identity, for this cluster's sidecars and gateways.
     #[serde(default = "default_discovery")]
     pub discovery: SocketAddr,
     /// Inner legs of peer sync, brought by this cluster's gateways.
     #[serde(default = "default_legs")]
     pub legs: SocketAddr,
+    /// The host, by name or address, under which gateways and other replicas reach `legs` and `discovery`; if absent,
+    /// where those listen, or where that is every address and the source is an API server, the address towards that.
+    pub advertise: Option<String>,
     #[serde(default = "default_admin")]
     pub admin: SocketAddr,
     /// The admission webhook that gives Pods their sidecars; none if absent. It needs an API server as the source.
@@ -68,6 +75,17 @@ pub enum SourceConfig {
     Directory(PathBuf),
     /// This cluster's own API server.
     Kubernetes(KubernetesConfig),
+}
+
+/// Where everything durable is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum StoreConfig {
+    /// In the state directory.
+    #[default]
+    Directory,
+    /// In Secrets of the namespace where tombolo is installed; needs a source of the same kind.
+    Kubernetes,
 }
 
 /// How the API server of this cluster is reached, and as whom.
@@ -164,6 +182,9 @@ impl Validate for Config {
                 problems.push(Problem::new("injection", "needs source.kubernetes: an API server has to ask"));
             }
         }
+        if self.store == StoreConfig::Kubernetes && matches!(self.source, SourceConfig::Directory(_)) {
+            problems.push(Problem::new("store", "kubernetes needs source.kubernetes beside it"));
+        }
         if let SourceConfig::Kubernetes(kubernetes) = &self.source {
             let duration = kubernetes.lease_duration;
             if !(LEASE_DURATION_MIN..=LEASE_DURATION_MAX).contains(&duration) || duration.subsec_nanos() != 0 {
@@ -233,6 +254,19 @@ mod tests {
             let refused = source(text).unwrap_err();
             assert!(refused.contains(want), "{text}: {refused}");
         }
+    }
+
+    #[test]
+    fn the_store_is_a_directory_unless_there_is_an_api_server_to_keep_it() {
+        let read = |text: &str| {
+            let text = format!("cluster: east\nstate: /x\n{text}");
+            parse::<Config>(&text, Path::new("f.yaml")).map(|config| config.store).map_err(|error| error.to_string())
+        };
+        assert_eq!(read("source: {kubernetes: {}}\n"), Ok(StoreConfig::Directory));
+        assert_eq!(read("source: {kubernetes: {}}\nstore: kubernetes\n"), Ok(StoreConfig::Kubernetes));
+        let refused = read("source: {directory: /}\nstore: kubernetes\n").unwrap_err();
+        assert!(refused.contains("f.yaml:4:") && refused.contains("needs source.kubernetes"), "{refused}");
+        assert!(read("source: {kubernetes: {}}\nstore: etcd\n").unwrap_err().contains("f.yaml:4:"));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tombolo_api::proto::catalog::TrustBundle;
 use tombolo_core::id::{ClusterId, GatewayId, InstanceName, Position, ServiceName, SpiffeId, TrustDomain};
@@ -29,7 +29,7 @@ use tombolo_trust::bundle::Bundle;
 use tombolo_trust::store::TrustStore;
 
 use crate::addresses::Addresses;
-use crate::registry::{Claim, SESSIONS_MAX, SessionId};
+use crate::registry::{Attached, Claim, SESSIONS_MAX, SessionId};
 use crate::store::{Store, StoreError};
 use crate::sync::durable;
 use remembered::Remembered;
@@ -108,6 +108,7 @@ pub struct GatewayJoin {
     pub watch_address: String,
     /// Where its stream takes peering commands.
     pub commands: mpsc::Sender<PeeringCommand>,
+    pub attached: Attached,
 }
 
 /// A sidecar's stream, as it introduces itself.
@@ -116,6 +117,13 @@ pub struct SidecarJoin {
     pub instance: InstanceName,
     pub spiffe_id: SpiffeId,
     pub zone: Option<String>,
+    pub attached: Attached,
+}
+
+/// What is held of all peers, and every update that is taken from then on.
+pub(crate) struct Imports {
+    pub held: Vec<(ClusterId, Vec<Update>)>,
+    pub updates: broadcast::Receiver<(ClusterId, Update)>,
 }
 
 /// An update as the sync stream brought it.
@@ -176,6 +184,9 @@ enum Input {
     Registered(SessionId, Vec<Claim>),
     Readiness { session: SessionId, service: ServiceName, port: u16, ready: bool },
     SidecarLeft(SessionId),
+    SidecarGone(SessionId),
+    Imports(oneshot::Sender<Imports>),
+    Lead(u64, oneshot::Sender<()>),
     GatewayJoined(SessionId, GatewayJoin),
     Tunnels(SessionId, Vec<TunnelView>),
     GatewayLeft(SessionId),
@@ -328,6 +339,21 @@ impl HubHandle {
 
     pub(crate) async fn sidecar_left(&self, session: SessionId) -> Result<(), HubGone> {
         self.send(Input::SidecarLeft(session)).await
+    }
+
+    /// Another replica has said that its sidecar is gone for good.
+    pub(crate) async fn sidecar_gone(&self, session: SessionId) -> Result<(), HubGone> {
+        self.send(Input::SidecarGone(session)).await
+    }
+
+    /// What is held of all peers, for another replica.
+    pub(crate) async fn imports(&self) -> Result<Imports, HubGone> {
+        self.ask(Input::Imports).await
+    }
+
+    /// This process leads from now on. Returns when everything that it would publish is of `epoch`.
+    pub(crate) async fn lead(&self, epoch: u64) -> Result<(), HubGone> {
+        self.ask(|done| Input::Lead(epoch, done)).await
     }
 
     /// A gateway's stream begins; it replaces an earlier one of the same id.

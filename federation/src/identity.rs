@@ -10,21 +10,27 @@ mod tests;
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
+use tombolo_api::proto::identity::identity_client::IdentityClient;
 use tombolo_api::proto::identity::identity_server::{Identity, IdentityServer};
 use tombolo_api::proto::identity::issue_request::Proof;
 use tombolo_api::proto::identity::{IssueRequest, IssueResponse, JoinProof, RenewProof, TokenProof};
-use tombolo_core::id::SpiffeId;
+use tombolo_core::id::{Role, SpiffeId, TrustDomain};
 use tombolo_core::refusal::Refusal;
 use tombolo_runtime::metrics::Refusals;
 use tombolo_trust::ca::CheckedCsr;
-use tombolo_trust::grpc::Peer;
+use tombolo_trust::grpc::{self, ALPN_H2, Peer};
 use tombolo_trust::issuer::{IssueRefusal, Issued, Issuer};
+use tombolo_trust::store::TrustStore;
+use tombolo_trust::svid::SvidSource;
+use tombolo_trust::tls::{ServerExpectation, client_config};
+use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 
+use crate::kubernetes::Lead;
 use crate::store::{Store, StoreError};
 use admission::Admission;
 use review::NotProven;
@@ -37,27 +43,42 @@ const REQUEST_OCTETS_MAX: usize = 64 * 1024;
 /// Certificates in a chain to renew by.
 const CHAIN_MAX: usize = 8;
 
+/// Set on a request that one replica passes on to another.
+const PASSED_ON: &str = "tombolo-passed-on";
+/// How long the leader may take to answer one.
+const LEADER_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// What a replica that does not lead needs to ask for what only the leader can do.
+#[derive(Clone)]
+pub struct ToLeader {
+    pub lead: Lead,
+    pub trust: TrustStore,
+    pub trust_domain: TrustDomain,
+}
+
 /// Issues SVIDs over gRPC.
 pub struct IdentityService {
     issuer: Issuer,
     store: Store,
     /// `None` where there is no API server to ask.
     reviewer: Option<Reviewer>,
+    to_leader: ToLeader,
     refusals: Refusals,
     admission: Mutex<Admission<IpAddr>>,
     under_way: Arc<Semaphore>,
 }
 
 impl IdentityService {
-    /// The service for the discovery port.
+    /// The service for the discovery port. Where this replica does not lead, join tokens are redeemed by the leader.
     pub fn server(
         issuer: Issuer,
         store: Store,
         reviewer: Option<Reviewer>,
+        to_leader: ToLeader,
         refusals: Refusals,
     ) -> IdentityServer<Self> {
         let (admission, under_way) = (Mutex::new(Admission::default()), Arc::new(Semaphore::new(UNDER_WAY_MAX)));
-        let service = Self { issuer, store, reviewer, refusals, admission, under_way };
+        let service = Self { issuer, store, reviewer, to_leader, refusals, admission, under_way };
         IdentityServer::new(service).max_decoding_message_size(REQUEST_OCTETS_MAX)
     }
 
@@ -79,6 +100,32 @@ impl IdentityService {
     }
 }
 
+impl IdentityService {
+    /// Asks the leader, which alone counts uses of join tokens.
+    async fn pass_on(&self, asked: IssueRequest) -> Result<Response<IssueResponse>, Status> {
+        let ToLeader { lead, trust, trust_domain } = self.to_leader.clone();
+        let Some(leader) = lead.leader.borrow().clone() else {
+            return Err(Status::unavailable("no replica of the federation leads at the moment; try again"));
+        };
+        let expectation = ServerExpectation::Role { trust_domain, role: Role::Federation };
+        let tls = client_config(&SvidSource::new(), &trust, expectation, &[ALPN_H2]);
+        let channel = grpc::connect(&leader.discovery, tls).map_err(|error| Status::unavailable(error.to_string()))?;
+        let mut request = Request::new(asked);
+        request.metadata_mut().insert(PASSED_ON, MetadataValue::from_static("1"));
+        request.set_timeout(LEADER_TIME_MAX);
+        let mut client = IdentityClient::new(channel);
+        match tokio::time::timeout(LEADER_TIME_MAX, client.issue(request)).await {
+            // Its refusal is the answer; that it can't be reached is told in words of our own.
+            Ok(Err(status)) if std::error::Error::source(&status).is_some() => {
+                let holder = leader.holder;
+                Err(Status::unavailable(format!("the leader ({holder}) can't be reached; try again")))
+            }
+            Ok(answer) => answer,
+            Err(_) => Err(Status::unavailable(format!("the leader ({}) does not answer; try again", leader.holder))),
+        }
+    }
+}
+
 /// Why nothing was issued.
 enum NotIssued {
     Refused(IssueRefusal),
@@ -96,11 +143,15 @@ impl Identity for IdentityService {
             let text = "too many SVIDs are being issued; try again in a second";
             return Err(self.refused(Refusal::Overloaded, Status::resource_exhausted(text)));
         };
-        match self.issued(request.into_inner()).await {
+        let passed_on = request.metadata().contains_key(PASSED_ON);
+        let request = request.into_inner();
+        let asked = request.clone();
+        match self.issued(request).await {
             Ok(issued) => {
                 tracing::info!(id = %issued.id, "issued an SVID");
                 Ok(Response::new(response(issued)))
             }
+            Err(NotIssued::Store(StoreError::NotLeading)) if !passed_on => self.pass_on(asked).await,
             Err(not_issued) => Err(self.not_issued(not_issued)),
         }
     }

@@ -14,6 +14,7 @@ pub mod mcs;
 pub mod operator;
 pub mod peering;
 pub mod registry;
+pub mod replica;
 pub mod report;
 mod run;
 pub mod source;

@@ -26,6 +26,7 @@ use tombolo_trust::peering::sha256;
 use tonic::{Code, Request, Response, Status};
 
 use crate::hub::HubHandle;
+use crate::kubernetes::Lead;
 use crate::peering::{Peering, PeeringError};
 use crate::source::{ExportError, SourceHandle};
 use crate::store::{Store, StoreError};
@@ -48,6 +49,7 @@ pub struct OperatorService {
     pub source: SourceHandle,
     pub peering: Peering,
     pub ca: CertificateAuthority,
+    pub lead: Lead,
     /// What `status` shows as this program's version.
     pub version: &'static str,
 }
@@ -56,6 +58,11 @@ impl OperatorService {
     /// The service for [`OperatorSocket::serve`].
     pub fn server(self) -> OperatorServer<Self> {
         OperatorServer::new(self).max_decoding_message_size(REQUEST_OCTETS_MAX)
+    }
+
+    /// Whoever does not lead changes nothing.
+    fn leads(&self) -> Result<(), Status> {
+        self.lead.check().map_err(|refused| Status::failed_precondition(refused.to_string()))
     }
 
     fn join_id(&self, request: &JoinAddRequest) -> Result<(JoinKind, SpiffeId), Status> {
@@ -76,6 +83,7 @@ impl OperatorService {
 #[tonic::async_trait]
 impl Operator for OperatorService {
     async fn peer_invite(&self, request: Request<PeerInviteRequest>) -> Result<Response<PeerInviteResponse>, Status> {
+        self.leads()?;
         let PeerInviteRequest { life_s, exports, imports, addresses } = request.into_inner();
         let life = if life_s == 0 { LIFE_DEFAULT } else { Duration::from_secs(life_s.into()) };
         let token =
@@ -89,6 +97,7 @@ impl Operator for OperatorService {
     }
 
     async fn peer_accept(&self, request: Request<PeerAcceptRequest>) -> Result<Response<PeerAcceptResponse>, Status> {
+        self.leads()?;
         let PeerAcceptRequest { token, exports, imports } = request.into_inner();
         let token: Token = token.parse().map_err(|error| of_peering(PeeringError::Token(error)))?;
         let accepted = self.peering.accept(&token, authority(&exports, &imports)?).await.map_err(of_peering)?;
@@ -112,6 +121,7 @@ impl Operator for OperatorService {
     }
 
     async fn peer_remove(&self, request: Request<PeerRemoveRequest>) -> Result<Response<PeerRemoveResponse>, Status> {
+        self.leads()?;
         let cluster = argument("cluster", &request.into_inner().cluster)?;
         self.peering.remove(cluster).await.map_err(of_peering)?;
         Ok(Response::new(PeerRemoveResponse {}))
@@ -130,10 +140,11 @@ impl Operator for OperatorService {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Ok(Response::new(status::status(&self.hub.view(), &self.ca, self.version)))
+        Ok(Response::new(status::status(&self.hub.view(), &self.ca, &self.lead, self.version)))
     }
 
     async fn join_add(&self, request: Request<JoinAddRequest>) -> Result<Response<JoinAddResponse>, Status> {
+        self.leads()?;
         let request = request.into_inner();
         let (kind, id) = self.join_id(&request)?;
         let life = match request.life_s {
@@ -169,6 +180,7 @@ impl Operator for OperatorService {
     }
 
     async fn join_remove(&self, request: Request<JoinRemoveRequest>) -> Result<Response<JoinRemoveResponse>, Status> {
+        self.leads()?;
         let entry_id: JoinEntryId = argument("join entry", &request.into_inner().entry_id)?;
         let removed = self.store.off_thread(move |store| store.change_joins(|entries| entries.remove(&entry_id)));
         if removed.await.map_err(of_store)? {
@@ -182,6 +194,7 @@ impl Operator for OperatorService {
         &self,
         request: Request<TrustRevokeRequest>,
     ) -> Result<Response<TrustRevokeResponse>, Status> {
+        self.leads()?;
         self.revoke(&request.into_inner().spiffe_id).await.map(Response::new)
     }
 
@@ -189,10 +202,12 @@ impl Operator for OperatorService {
         &self,
         request: Request<TrustUnrevokeRequest>,
     ) -> Result<Response<TrustUnrevokeResponse>, Status> {
+        self.leads()?;
         self.unrevoke(&request.into_inner().spiffe_id).await.map(Response::new)
     }
 
     async fn trust_add_root(&self, _: Request<TrustAddRootRequest>) -> Result<Response<TrustAddRootResponse>, Status> {
+        self.leads()?;
         let ca = self.ca.clone();
         let added = self.store.off_thread(move |_| ca.add_root()).await;
         let root_sha256 = added.map_err(|error| Status::internal(error.to_string()))?;
@@ -261,5 +276,8 @@ fn of_export(error: ExportError) -> Status {
 }
 
 fn of_store(error: StoreError) -> Status {
-    Status::internal(error.to_string())
+    match error {
+        StoreError::NotLeading | StoreError::Overtaken { .. } => Status::unavailable(error.to_string()),
+        error => Status::internal(error.to_string()),
+    }
 }

@@ -169,14 +169,12 @@ struct Shared {
 }
 
 impl Peering {
-    /// Tells the hub of every stored peer, then handles `events` until they end. `on_refused` is called
-    /// with the code of each knock that is refused.
+    /// Tells the hub of every stored peer. `on_refused` is called with the code of each knock that is refused.
     pub async fn start(
         ca: CertificateAuthority,
         cluster: ClusterId,
         store: Store,
         relay: Box<dyn Relay>,
-        mut events: mpsc::Receiver<PeeringEvent>,
         on_refused: Box<dyn Fn(&'static str) + Send + Sync>,
     ) -> Result<Self, HubGone> {
         for record in store.peering().peers() {
@@ -194,14 +192,17 @@ impl Peering {
             knocks: Arc::new(Semaphore::new(KNOCKS_MAX)),
             on_refused,
         };
-        let peering = Self { shared: Arc::new(shared) };
-        let handler = peering.clone();
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Handles what gateways report, until `events` end.
+    pub fn handle_events(&self, mut events: mpsc::Receiver<PeeringEvent>) {
+        let handler = self.clone();
         tokio::spawn(async move {
             while let Some(event) = events.recv().await {
                 handler.handle(event);
             }
         });
-        Ok(peering)
     }
 
     /// Makes an invitation. `addresses` take the place of the gateways' own when there are any.

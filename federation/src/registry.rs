@@ -17,6 +17,8 @@ use crate::source::endpoint_id;
 
 /// How long a registration outlives its stream.
 pub const GRACE: Duration = Duration::from_secs(3);
+/// How long one outlives the replica that told of it: its sidecar is looking for another.
+pub const REPLICA_GRACE: Duration = Duration::from_secs(15);
 /// Services and ports that one sidecar may register.
 pub const CLAIMS_MAX: usize = 64;
 /// Sidecars that may be connected at once.
@@ -25,6 +27,31 @@ pub const SESSIONS_MAX: usize = 10_000;
 /// One discovery stream. A later stream has a larger id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionId(pub u64);
+
+/// Which replica of this federation holds a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Attached {
+    /// Another one, that this stream between the two tells of; or the process before this one.
+    Elsewhere(u64),
+    Here,
+}
+
+impl Attached {
+    /// How long what was known by the stream outlives it.
+    pub fn grace(self) -> Duration {
+        match self {
+            Attached::Here => GRACE,
+            Attached::Elsewhere(_) => REPLICA_GRACE,
+        }
+    }
+}
+
+/// A sidecar as other replicas are told of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connected {
+    pub attached: Attached,
+    pub sidecar: RememberedSidecar,
+}
 
 /// What a sidecar asks for: it delivers this port of this service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +90,7 @@ struct Session {
     instance: InstanceName,
     spiffe_id: SpiffeId,
     zone: Option<String>,
+    attached: Attached,
     claims: BTreeMap<(ServiceName, u16), Delivery>,
     /// When it is dropped; `None` while its stream stands.
     ends: Option<Instant>,
@@ -85,27 +113,21 @@ impl Registry {
     pub fn restore(&mut self, sidecars: Vec<RememberedSidecar>, ends: Instant) {
         for (n, sidecar) in (1..).zip(sidecars.into_iter().take(SESSIONS_MAX)) {
             let RememberedSidecar { instance, spiffe_id, zone, claims } = sidecar;
-            let claims = deliveries(claims);
-            self.sessions.insert(SessionId(n), Session { instance, spiffe_id, zone, claims, ends: Some(ends) });
+            let (claims, attached) = (deliveries(claims), Attached::Elsewhere(0));
+            let held = Session { instance, spiffe_id, zone, attached, claims, ends: Some(ends) };
+            self.sessions.insert(SessionId(n), held);
         }
     }
 
     /// What [`Registry::restore`] takes. Sidecars that have registered nothing are left out.
     pub fn remembered(&self) -> Vec<RememberedSidecar> {
-        let registered = self.sessions.values().filter(|session| !session.claims.is_empty());
-        let claim = |((service, port), delivery): (&(ServiceName, u16), &Delivery)| Claim {
-            service: service.clone(),
-            port: *port,
-            inbound_address: delivery.address.clone(),
-            ready: delivery.ready,
-        };
-        let remembered = registered.map(|session| RememberedSidecar {
-            instance: session.instance.clone(),
-            spiffe_id: session.spiffe_id.clone(),
-            zone: session.zone.clone(),
-            claims: session.claims.iter().map(claim).collect(),
-        });
-        remembered.collect()
+        self.sessions.values().filter(|session| !session.claims.is_empty()).map(Session::remembered).collect()
+    }
+
+    /// Every sidecar, as other replicas are told of it.
+    pub fn connected(&self) -> impl Iterator<Item = (SessionId, Connected)> {
+        let connected = |session: &Session| Connected { attached: session.attached, sidecar: session.remembered() };
+        self.sessions.iter().map(move |(id, session)| (*id, connected(session)))
     }
 
     /// A sidecar has connected. What the same instance and identity had registered before stays in force
@@ -116,12 +138,13 @@ impl Registry {
         spiffe_id: SpiffeId,
         instance: InstanceName,
         zone: Option<String>,
+        attached: Attached,
     ) -> bool {
         if self.sessions.len() >= SESSIONS_MAX {
             return false;
         }
         let (claims, ends) = (BTreeMap::new(), None);
-        self.sessions.insert(session, Session { instance, spiffe_id, zone, claims, ends });
+        self.sessions.insert(session, Session { instance, spiffe_id, zone, attached, claims, ends });
         true
     }
 
@@ -147,11 +170,16 @@ impl Registry {
     /// The stream has ended; the grace begins. One that had registered nothing goes at once.
     pub fn handle_left(&mut self, session: SessionId, now: Instant) {
         if let Some(held) = self.sessions.get_mut(&session) {
-            held.ends = Some(now + GRACE);
+            held.ends = Some(now + held.attached.grace());
             if held.claims.is_empty() {
                 self.sessions.remove(&session);
             }
         }
+    }
+
+    /// Another replica has said that the sidecar has gone. Returns whether anything changed.
+    pub fn handle_gone(&mut self, session: SessionId) -> bool {
+        self.sessions.remove(&session).is_some()
     }
 
     /// Drops what has outlived its grace. Returns whether anything changed.
@@ -166,11 +194,15 @@ impl Registry {
         self.sessions.values().filter_map(|session| session.ends).min()
     }
 
-    /// Sessions of the same instance and identity that `session` takes over from.
+    /// Sessions of the same instance and identity that `session` takes over from. What another replica tells may be late,
+    /// and takes nothing from a stream that stands here.
     fn predecessors(&self, session: SessionId) -> impl Iterator<Item = SessionId> {
         let held = self.sessions.get(&session);
         let same = move |earlier: &Session| {
-            held.is_some_and(|held| earlier.instance == held.instance && earlier.spiffe_id == held.spiffe_id)
+            held.is_some_and(|held| {
+                let may = held.attached == Attached::Here || earlier.attached != Attached::Here;
+                may && earlier.instance == held.instance && earlier.spiffe_id == held.spiffe_id
+            })
         };
         self.sessions.range(..session).filter(move |(_, earlier)| same(earlier)).map(|(id, _)| *id)
     }
@@ -188,7 +220,11 @@ impl Registry {
     pub fn registrations(&self) -> Registrations {
         let owners = self.owners();
         let mut registrations = Registrations::new();
-        for session in self.sessions.values().filter(|session| owners[&session.instance] == &session.spiffe_id) {
+        let mut sessions: Vec<&Session> =
+            self.sessions.values().filter(|session| owners[&session.instance] == &session.spiffe_id).collect();
+        // What is known at first hand comes last and so counts.
+        sessions.sort_by_key(|session| session.attached == Attached::Here);
+        for session in sessions {
             for ((service, port), delivery) in &session.claims {
                 let instances = registrations.entry(service.clone()).or_default();
                 let registered = instances.entry(session.instance.clone()).or_insert_with(|| Registered {
@@ -237,6 +273,23 @@ impl Registry {
     }
 }
 
+impl Session {
+    fn remembered(&self) -> RememberedSidecar {
+        let claim = |((service, port), delivery): (&(ServiceName, u16), &Delivery)| Claim {
+            service: service.clone(),
+            port: *port,
+            inbound_address: delivery.address.clone(),
+            ready: delivery.ready,
+        };
+        RememberedSidecar {
+            instance: self.instance.clone(),
+            spiffe_id: self.spiffe_id.clone(),
+            zone: self.zone.clone(),
+            claims: self.claims.iter().map(claim).collect(),
+        }
+    }
+}
+
 fn deliveries(claims: Vec<Claim>) -> BTreeMap<(ServiceName, u16), Delivery> {
     let delivery =
         |claim: Claim| ((claim.service, claim.port), Delivery { address: claim.inbound_address, ready: claim.ready });
@@ -264,8 +317,12 @@ mod tests {
     }
 
     fn joined(registry: &mut Registry, session: u64, id: &str) -> SessionId {
+        joined_at(registry, session, id, Attached::Here)
+    }
+
+    fn joined_at(registry: &mut Registry, session: u64, id: &str, attached: Attached) -> SessionId {
         let session = SessionId(session);
-        assert!(registry.handle_joined(session, id.parse().unwrap(), "web-1".parse().unwrap(), None));
+        assert!(registry.handle_joined(session, id.parse().unwrap(), "web-1".parse().unwrap(), None, attached));
         session
     }
 
@@ -301,6 +358,26 @@ mod tests {
         assert!(registry.handle_register(second, claim(false)));
         assert_eq!(ready(&registry), [false]);
         assert!(!registry.handle_timeout(now + GRACE), "the old session ended when the new one took over");
+    }
+
+    #[test]
+    fn what_another_replica_tells_counts_as_long_as_nothing_is_known_at_first_hand() {
+        let (now, mut registry) = (Instant::now(), Registry::new("east".parse().unwrap()));
+        let elsewhere = joined_at(&mut registry, 1, WEB, Attached::Elsewhere(1));
+        registry.handle_register(elsewhere, claim(false));
+        assert_eq!(ready(&registry), [false]);
+        let here = joined(&mut registry, 2, WEB);
+        registry.handle_register(here, claim(true));
+        assert!(!registry.handle_gone(elsewhere), "the sidecar has come from there to here");
+        let late = joined_at(&mut registry, 3, WEB, Attached::Elsewhere(1));
+        registry.handle_register(late, claim(false));
+        assert_eq!(ready(&registry), [true], "what it says of the past takes nothing away");
+        registry.handle_left(here, now);
+        registry.handle_left(late, now);
+        assert!(registry.handle_timeout(now + GRACE));
+        assert_eq!(ready(&registry), [false], "it may have gone there");
+        assert!(registry.handle_timeout(now + REPLICA_GRACE));
+        assert!(ready(&registry).is_empty());
     }
 
     #[test]

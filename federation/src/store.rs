@@ -1,12 +1,17 @@
-//! What a federation keeps over restarts, in its state directory: peers and invitations, join entries,
-//! what peers published, first-seen times, revocations and the epoch.
+//! What a federation keeps over restarts: peers and invitations, join entries, what peers published, first-seen times,
+//! revocations, virtual addresses and the epoch.
 //!
-//! Each file is replaced whole, so that a kill at any moment leaves the old or the new content.
-//! What was changed is durable when the method that changed it returns; if it can't be made durable,
-//! the change has not happened. Methods write files and so block: see [`Store::off_thread`].
+//! It consists of documents, each of which is replaced whole: files of the state directory, or objects of the cluster's
+//! API server ([`objects`]). What was changed is durable when the method that changed it returns; if it can't be made
+//! durable, the change has not happened. Methods that change something block: see [`Store::off_thread`]. What peers
+//! published is kept in the state directory in any case; whoever loses it asks them again.
 
+mod documents;
 mod file;
+mod first_seen;
+pub mod objects;
 mod peers;
+mod revoked;
 #[cfg(test)]
 mod tests;
 
@@ -14,27 +19,25 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use tombolo_core::addresses::allocation::Allocations;
-use tombolo_core::id::{ClusterId, ServiceName, SpiffeId, TrustDomain};
+use tombolo_core::id::{ClusterId, ServiceName, TrustDomain};
 use tombolo_core::join::JoinEntries;
 use tombolo_trust::atomic;
 
-pub use file::StoreError;
-use file::{Contents, IMPORT_OCTETS_MAX};
+pub use documents::StoreError;
+use documents::{Contents, Documents};
+use file::IMPORT_OCTETS_MAX;
+use first_seen::FirstSeen;
+use objects::Objects;
 pub use peers::PeeringState;
-
-/// An export that comes back within this time is the same export, and keeps its first-seen time.
-const GONE_AFTER: Duration = Duration::from_secs(60);
-/// First-seen times kept, those of exports that have just gone included.
-const FIRST_SEEN_MAX: usize = 20_000;
-/// Own identities that can be revoked at a time.
-const REVOKED_MAX: usize = 10_000;
+pub use revoked::{Revoked, TooManyRevoked};
 
 /// The durable state of one federation. Clones share it.
 #[derive(Clone)]
@@ -43,13 +46,21 @@ pub struct Store {
 }
 
 struct Shared {
+    documents: Documents,
+    owner: (ClusterId, TrustDomain),
+    /// Where imports are kept.
     folder: PathBuf,
-    epoch: u64,
+    epoch: AtomicU64,
+    /// Held for a moment only, so that whoever reads never waits for a disk or an API server.
     state: Mutex<State>,
+    /// Held while a change is made durable.
+    writing: Mutex<()>,
+    changes: watch::Sender<()>,
     /// Held while the process lives, so that no second one writes the same files.
     _lock: Flock<fs::File>,
 }
 
+#[derive(Default)]
 struct State {
     peering: PeeringState,
     joins: JoinEntries,
@@ -67,55 +78,6 @@ struct Owner {
     epoch: u64,
 }
 
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(transparent)]
-struct FirstSeen(BTreeMap<ServiceName, Seen>);
-
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-struct Seen {
-    first: Timestamp,
-    /// When it was found to be exported no more.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    gone: Option<Timestamp>,
-}
-
-/// Own identities that are revoked; the sequence grows with each change.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Revoked {
-    pub sequence: u64,
-    pub ids: BTreeSet<SpiffeId>,
-}
-
-/// There is no room for one more revoked identity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{REVOKED_MAX} identities are revoked already; take back those that are long gone with `tombolo trust unrevoke`"
-)]
-pub struct TooManyRevoked;
-
-impl Revoked {
-    /// Whether `id` was not revoked before.
-    pub fn revoke(&mut self, id: SpiffeId) -> Result<bool, TooManyRevoked> {
-        if self.ids.contains(&id) {
-            return Ok(false);
-        }
-        if self.ids.len() >= REVOKED_MAX {
-            return Err(TooManyRevoked);
-        }
-        self.ids.insert(id);
-        self.sequence += 1;
-        Ok(true)
-    }
-
-    /// Whether `id` was revoked before.
-    pub fn unrevoke(&mut self, id: &SpiffeId) -> bool {
-        let was = self.ids.remove(id);
-        self.sequence += u64::from(was);
-        was
-    }
-}
-
 const OWNER: Contents = Contents { name: "cluster.json", lost: "the epoch, which starts anew" };
 const PEERING: Contents = Contents { name: "peering.json", lost: "all peers and invitations" };
 const JOINS: Contents = Contents { name: "joins.json", lost: "all join entries" };
@@ -125,6 +87,9 @@ const ADDRESSES: Contents = Contents {
     lost: "the virtual addresses of all services, which then get others while clients still have the old ones",
 };
 const REVOKED: Contents = Contents { name: "revoked.json", lost: "the list of revoked identities" };
+/// All documents but the CA's.
+pub(crate) const DOCUMENTS: [&str; 6] =
+    [OWNER.name, PEERING.name, JOINS.name, FIRST_SEEN.name, ADDRESSES.name, REVOKED.name];
 
 impl Store {
     /// Opens the store below `state`, makes it if it is new, and begins a new epoch.
@@ -134,51 +99,134 @@ impl Store {
         trust_domain: &TrustDomain,
         now: Timestamp,
     ) -> Result<Self, StoreError> {
-        let folder = state.join("federation");
+        let documents = Documents::Folder(state.join(FOLDER));
+        let store = Self::new(documents, state, cluster, trust_domain)?;
+        store.read()?;
+        store.begin_epoch(now)?;
+        Ok(store)
+    }
+
+    /// Reads the store in `objects`, as whoever does not lead: nothing can be changed before [`Store::lead`]. `state` is
+    /// for what can be had again.
+    pub fn follow(
+        objects: Objects,
+        state: &Path,
+        cluster: &ClusterId,
+        trust_domain: &TrustDomain,
+    ) -> Result<Self, StoreError> {
+        let store = Self::new(Documents::Objects(objects), state, cluster, trust_domain)?;
+        store.read()?;
+        Ok(store)
+    }
+
+    /// Takes the store over from whoever led before, who can't write to it any more when this returns, and begins a new
+    /// epoch.
+    pub fn lead(&self, now: Timestamp) -> Result<(), StoreError> {
+        let Documents::Objects(objects) = &self.shared.documents else { return Ok(()) };
+        let _writing = self.writing();
+        objects.begin(OWNER.name, next_epoch(self.owner()?.as_ref(), now))?;
+        self.begin_epoch(now)?;
+        for name in DOCUMENTS.into_iter().skip(1).chain([objects::CA]) {
+            objects.claim(name)?;
+        }
+        self.read()
+    }
+
+    fn new(
+        documents: Documents,
+        state: &Path,
+        cluster: &ClusterId,
+        trust_domain: &TrustDomain,
+    ) -> Result<Self, StoreError> {
+        let folder = state.join(FOLDER);
         let unwritable = |error| StoreError::Io { path: folder.clone(), error };
         atomic::create_private_dir(&folder).map_err(unwritable)?;
         let lock = lock(&folder)?;
         file::remove_temporaries(&folder).map_err(unwritable)?;
-        let owner: Option<Owner> = file::load(&folder, &OWNER)?;
-        if let Some(owner) = &owner
-            && (owner.cluster != *cluster || owner.trust_domain != *trust_domain)
-        {
-            let (cluster, trust_domain) = (owner.cluster.clone(), owner.trust_domain.clone());
-            return Err(StoreError::OtherCluster { path: state.into(), cluster, trust_domain });
+        let shared = Shared {
+            documents,
+            owner: (cluster.clone(), trust_domain.clone()),
+            folder,
+            epoch: AtomicU64::new(0),
+            state: Mutex::default(),
+            writing: Mutex::default(),
+            changes: watch::Sender::new(()),
+            _lock: lock,
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Whose state it is; an error when it is another cluster's.
+    fn owner(&self) -> Result<Option<Owner>, StoreError> {
+        let owner: Option<Owner> = self.shared.documents.load(&OWNER)?;
+        match owner {
+            Some(owner) if (&owner.cluster, &owner.trust_domain) != (&self.shared.owner.0, &self.shared.owner.1) => {
+                let Owner { cluster, trust_domain, .. } = owner;
+                Err(StoreError::OtherCluster { path: self.shared.documents.whole(), cluster, trust_domain })
+            }
+            // What is known is not given up because somebody has deleted it.
+            None if self.epoch() > 0 => {
+                Err(StoreError::Overtaken { object: self.shared.documents.place(OWNER.name).display().to_string() })
+            }
+            owner => Ok(owner),
         }
-        // The clock, so that a state directory which was lost or restored never repeats an epoch.
-        let clock = u64::try_from(now.as_second()).unwrap_or(0);
-        let epoch = owner.map_or(0, |owner| owner.epoch).saturating_add(1).max(clock);
-        let peering: PeeringState = file::load(&folder, &PEERING)?.unwrap_or_default();
-        peering.check().map_err(|reason| StoreError::Damaged {
-            path: folder.join(PEERING.name),
+    }
+
+    fn begin_epoch(&self, now: Timestamp) -> Result<(), StoreError> {
+        let (cluster, trust_domain) = self.shared.owner.clone();
+        let epoch = match &self.shared.documents {
+            Documents::Folder(_) => next_epoch(self.owner()?.as_ref(), now),
+            Documents::Objects(objects) => objects.epoch(),
+        };
+        self.shared.documents.save(&OWNER, &Owner { cluster, trust_domain, epoch })?;
+        self.shared.epoch.store(epoch, Ordering::Release);
+        Ok(())
+    }
+
+    /// Reads all documents, in the place of what was read before.
+    fn read(&self) -> Result<(), StoreError> {
+        let documents = &self.shared.documents;
+        let epoch = self.owner()?.map_or(0, |owner| owner.epoch);
+        let damaged = |contents: &Contents, reason| StoreError::Damaged {
+            path: documents.place(contents.name),
             reason,
-            lost: PEERING.lost,
-        })?;
-        let addresses: Allocations = file::load(&folder, &ADDRESSES)?.unwrap_or_default();
-        addresses.check().map_err(|reason| StoreError::Damaged {
-            path: folder.join(ADDRESSES.name),
-            reason,
-            lost: ADDRESSES.lost,
-        })?;
+            lost: contents.lost,
+        };
+        let peering: PeeringState = documents.load(&PEERING)?.unwrap_or_default();
+        peering.check().map_err(|reason| damaged(&PEERING, reason))?;
+        let addresses: Allocations = documents.load(&ADDRESSES)?.unwrap_or_default();
+        addresses.check().map_err(|reason| damaged(&ADDRESSES, reason))?;
         let state = State {
             addresses,
             peering,
-            joins: file::load(&folder, &JOINS)?.unwrap_or_default(),
-            first_seen: file::load(&folder, &FIRST_SEEN)?.unwrap_or_default(),
-            revoked: file::load(&folder, &REVOKED)?.unwrap_or_default(),
+            joins: documents.load(&JOINS)?.unwrap_or_default(),
+            first_seen: documents.load(&FIRST_SEEN)?.unwrap_or_default(),
+            revoked: documents.load(&REVOKED)?.unwrap_or_default(),
         };
-        let owner = Owner { cluster: cluster.clone(), trust_domain: trust_domain.clone(), epoch };
-        file::save(&folder, &OWNER, &owner)?;
-        Ok(Self { shared: Arc::new(Shared { folder, epoch, state: Mutex::new(state), _lock: lock }) })
+        *self.state() = state;
+        self.shared.epoch.store(epoch, Ordering::Release);
+        Ok(())
     }
 
-    /// The epoch of this process: higher than that of any before it.
+    /// Reads what the leader has changed since. Blocks.
+    pub fn refresh(&self) -> Result<(), StoreError> {
+        let _writing = self.writing();
+        self.read()?;
+        self.shared.changes.send_replace(());
+        Ok(())
+    }
+
+    /// Marked whenever anything has changed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.shared.changes.subscribe()
+    }
+
+    /// The epoch of whoever leads: higher than that of any before.
     pub fn epoch(&self) -> u64 {
-        self.shared.epoch
+        self.shared.epoch.load(Ordering::Acquire)
     }
 
-    /// Runs what writes files on a thread that may block.
+    /// Runs what makes changes durable on a thread that may block.
     pub async fn off_thread<T: Send + 'static>(&self, work: impl FnOnce(&Store) -> T + Send + 'static) -> T {
         let store = self.clone();
         let done = tokio::task::spawn_blocking(move || work(&store)).await;
@@ -192,8 +240,7 @@ impl Store {
 
     /// Changes peers and invitations together: both are durable when this returns, or neither.
     pub fn change_peering<T>(&self, change: impl FnOnce(&mut PeeringState) -> T) -> Result<T, StoreError> {
-        let mut state = self.state();
-        self.change(&mut state.peering, &PEERING, change)
+        self.change(&PEERING, |state| &mut state.peering, change)
     }
 
     pub fn joins(&self) -> JoinEntries {
@@ -202,8 +249,7 @@ impl Store {
 
     /// Changes the join entries; they are durable when this returns.
     pub fn change_joins<T>(&self, change: impl FnOnce(&mut JoinEntries) -> T) -> Result<T, StoreError> {
-        let mut state = self.state();
-        self.change(&mut state.joins, &JOINS, change)
+        self.change(&JOINS, |state| &mut state.joins, change)
     }
 
     pub fn revoked(&self) -> Revoked {
@@ -212,8 +258,12 @@ impl Store {
 
     /// Changes which of the own identities are revoked; it is durable when this returns.
     pub fn change_revoked<T>(&self, change: impl FnOnce(&mut Revoked) -> T) -> Result<T, StoreError> {
-        let mut state = self.state();
-        self.change(&mut state.revoked, &REVOKED, change)
+        self.change(&REVOKED, |state| &mut state.revoked, change)
+    }
+
+    /// Who has which virtual address.
+    pub fn addresses(&self) -> Allocations {
+        self.state().addresses.clone()
     }
 
     /// Changes who has which virtual address; it is durable when this returns, together with what it became.
@@ -221,9 +271,11 @@ impl Store {
         &self,
         change: impl FnOnce(&mut Allocations) -> T,
     ) -> Result<(Allocations, T), StoreError> {
-        let mut state = self.state();
-        let result = self.change(&mut state.addresses, &ADDRESSES, change)?;
-        Ok((state.addresses.clone(), result))
+        let changed = |held: &mut Allocations| {
+            let result = change(held);
+            (held.clone(), result)
+        };
+        self.change(&ADDRESSES, |state| &mut state.addresses, changed)
     }
 
     /// When each of `exported`, which is all that is exported now, was first seen.
@@ -232,8 +284,7 @@ impl Store {
         exported: &BTreeSet<ServiceName>,
         now: Timestamp,
     ) -> Result<BTreeMap<ServiceName, Timestamp>, StoreError> {
-        let mut state = self.state();
-        self.change(&mut state.first_seen, &FIRST_SEEN, |seen| seen.observe(exported, now))
+        self.change(&FIRST_SEEN, |state| &mut state.first_seen, |seen| seen.observe(exported, now))
     }
 
     /// What a peer had published when [`Store::save_import`] was last called, in the caller's encoding.
@@ -269,23 +320,39 @@ impl Store {
         self.shared.state.lock().expect("no holder of the lock panics")
     }
 
+    fn writing(&self) -> MutexGuard<'_, ()> {
+        self.shared.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn change<V, T>(
         &self,
-        value: &mut V,
         contents: &Contents,
+        part: impl Fn(&mut State) -> &mut V,
         change: impl FnOnce(&mut V) -> T,
     ) -> Result<T, StoreError>
     where
         V: Clone + PartialEq + Serialize,
     {
-        let mut next = value.clone();
+        let _writing = self.writing();
+        let before = part(&mut self.state()).clone();
+        let mut next = before.clone();
         let result = change(&mut next);
-        if next != *value {
-            file::save(&self.shared.folder, contents, &next)?;
-            *value = next;
+        if next != before {
+            self.shared.documents.save(contents, &next)?;
+            *part(&mut self.state()) = next;
+            self.shared.changes.send_replace(());
         }
         Ok(result)
     }
+}
+
+/// The folder in the state directory.
+const FOLDER: &str = "federation";
+
+/// The clock, so that a state which was lost or restored never repeats an epoch.
+fn next_epoch(owner: Option<&Owner>, now: Timestamp) -> u64 {
+    let clock = u64::try_from(now.as_second()).unwrap_or(0);
+    owner.map_or(0, |owner| owner.epoch).saturating_add(1).max(clock)
 }
 
 fn lock(folder: &Path) -> Result<Flock<fs::File>, StoreError> {
@@ -296,25 +363,4 @@ fn lock(folder: &Path) -> Result<Flock<fs::File>, StoreError> {
         nix::errno::Errno::EWOULDBLOCK => StoreError::InUse { path },
         error => StoreError::Io { path, error: error.into() },
     })
-}
-
-impl FirstSeen {
-    fn observe(&mut self, exported: &BTreeSet<ServiceName>, now: Timestamp) -> BTreeMap<ServiceName, Timestamp> {
-        let gone_for_good =
-            |seen: &Seen| seen.gone.is_some_and(|gone| now.duration_since(gone).unsigned_abs() > GONE_AFTER);
-        self.0.retain(|_, seen| !gone_for_good(seen));
-        for (service, seen) in &mut self.0 {
-            match (exported.contains(service), seen.gone) {
-                (true, _) => seen.gone = None,
-                (false, None) => seen.gone = Some(now),
-                (false, Some(_)) => {}
-            }
-        }
-        for service in exported {
-            if self.0.len() < FIRST_SEEN_MAX {
-                self.0.entry(service.clone()).or_insert(Seen { first: now, gone: None });
-            }
-        }
-        self.0.iter().filter(|(_, seen)| seen.gone.is_none()).map(|(name, seen)| (name.clone(), seen.first)).collect()
-    }
 }

@@ -33,7 +33,8 @@ use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 use crate::addresses::Allocator;
 use crate::discovery::DiscoveryService;
 use crate::hub::{self, HubHandle, HubStart, PeerRecord, PeeringEvent, SidecarJoin, View, remembered};
-use crate::registry::{Claim, SessionId};
+use crate::kubernetes::Leadership;
+use crate::registry::{Attached, Claim, SessionId};
 use crate::store::Store;
 use crate::sync::publisher::Publisher;
 use crate::sync::subscriber::Subscriber;
@@ -132,6 +133,7 @@ impl Federation {
             trust: self.trust.clone(),
             refusals: self.metrics.refusals("federation"),
             drain: watch,
+            leadership: Leadership::always(),
         };
         let served = tokio::spawn(async move { publisher.serve(listener).await.unwrap() });
         self.publisher = Some((trigger, served));
@@ -222,7 +224,9 @@ impl Federation {
     /// A sidecar that delivers `name`, as if its stream stood.
     pub async fn register(&self, instance: &str, name: &str, ready: bool) -> SessionId {
         let service = service(name);
-        let join = SidecarJoin { instance: instance.parse().unwrap(), spiffe_id: self.web(&service), zone: None };
+        let attached = Attached::Here;
+        let join =
+            SidecarJoin { instance: instance.parse().unwrap(), spiffe_id: self.web(&service), zone: None, attached };
         let session = self.hub.sidecar_joined(join).await.unwrap().unwrap();
         let claim = Claim { service, port: 80, inbound_address: "127.0.0.1:1".into(), ready };
         self.hub.registered(session, vec![claim]).await.unwrap();

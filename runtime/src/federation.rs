@@ -10,7 +10,7 @@ use crate::config::Problem;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct FederationConfig {
-    /// host:port of its discovery and identity service.
+    /// host:port of its discovery and identity service; several with commas where it has replicas.
     pub address: String,
     /// The cluster's root certificate (PEM), which pins the federation.
     pub ca: PathBuf,
@@ -19,7 +19,9 @@ pub struct FederationConfig {
 impl FederationConfig {
     /// `field` is the path of this part in the file.
     pub fn problems(&self, field: &str) -> Vec<Problem> {
-        host_port_problem(&format!("{field}.address"), &self.address).into_iter().collect()
+        let field = format!("{field}.address");
+        let mut problems = self.address.split(',').filter_map(|one| host_port_problem(&field, one.trim()));
+        problems.next().into_iter().collect()
     }
 }
 
@@ -43,6 +45,14 @@ pub fn is_host_port(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_federation_has_one_address_or_several() {
+        for (address, problems) in [("a:1", 0), ("a:1,b:2", 0), ("a:1, [::1]:2", 0), ("a:1,", 1), ("a,b", 1), ("", 1)] {
+            let config = FederationConfig { address: address.into(), ca: "/ca.pem".into() };
+            assert_eq!(config.problems("federation").len(), problems, "{address}");
+        }
+    }
 
     #[test]
     fn addresses() {

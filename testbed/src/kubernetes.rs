@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail, ensure};
+use nix::sys::signal::Signal;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
@@ -135,6 +136,12 @@ impl ControlPlane {
     /// Ends the API server the way a crash does; what it stored stays.
     pub async fn kill_apiserver(&mut self) -> anyhow::Result<()> {
         self.apiserver.take().context("the API server is not running")?.kill().await
+    }
+
+    /// Sends the API server a signal: one that is stopped takes connections and answers nobody.
+    pub fn signal_apiserver(&self, signal: Signal) -> anyhow::Result<()> {
+        self.apiserver.as_ref().context("the API server is not running")?.signal(signal);
+        Ok(())
     }
 
     /// Starts the controllers: service accounts, endpoint slices, garbage collection, the end of namespaces.

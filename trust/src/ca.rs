@@ -141,6 +141,37 @@ fn asked_uris(csr: &X509CertificationRequest<'_>) -> Vec<String> {
     names.flatten().filter_map(uri).collect()
 }
 
+/// Where the CA's state is kept, its private keys with it. Its methods may block.
+pub trait Vault: Send + Sync {
+    /// What it is called in messages.
+    fn name(&self) -> PathBuf;
+    /// `None` when no CA was made yet.
+    fn load(&self) -> io::Result<Option<Zeroizing<Vec<u8>>>>;
+    /// Replaces the state; when this returns it is durable.
+    fn save(&self, state: &[u8]) -> io::Result<()>;
+}
+
+/// A file of mode 0600.
+struct FileVault(PathBuf);
+
+impl Vault for FileVault {
+    fn name(&self) -> PathBuf {
+        self.0.clone()
+    }
+
+    fn load(&self) -> io::Result<Option<Zeroizing<Vec<u8>>>> {
+        match std::fs::read(&self.0) {
+            Ok(octets) => Ok(Some(Zeroizing::new(octets))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn save(&self, state: &[u8]) -> io::Result<()> {
+        atomic::write_private(&self.0, state)
+    }
+}
+
 /// The CA of one trust domain. Clones share it.
 #[derive(Clone)]
 pub struct CertificateAuthority {
@@ -148,6 +179,8 @@ pub struct CertificateAuthority {
 }
 
 struct Shared {
+    vault: Box<dyn Vault>,
+    /// Where the bundle for others is written.
     folder: PathBuf,
     state: ArcSwap<State>,
     /// Held while a new state is made durable; issuing never takes it.
@@ -214,22 +247,49 @@ impl State {
 impl CertificateAuthority {
     /// Loads the CA from `state_dir`, or makes it with its first root. `ca.pem` beside it is written anew.
     pub fn create_or_load(state_dir: &Path, trust_domain: &TrustDomain) -> Result<Self, CaError> {
-        let file_error = |source| CaError::State { path: state_dir.to_owned(), source };
-        atomic::create_private_dir(state_dir).map_err(file_error)?;
-        let path = state_dir.join(STATE_FILE);
-        let state = match std::fs::read(&path) {
-            Ok(bytes) => load(&path, Zeroizing::new(bytes), trust_domain)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+        Self::create_or_load_in(Box::new(FileVault(state_dir.join(STATE_FILE))), state_dir, trust_domain)
+    }
+
+    /// The same with its state in `vault`, and `ca.pem` in `folder`.
+    pub fn create_or_load_in(
+        vault: Box<dyn Vault>,
+        folder: &Path,
+        trust_domain: &TrustDomain,
+    ) -> Result<Self, CaError> {
+        atomic::create_private_dir(folder).map_err(|source| CaError::State { path: folder.to_owned(), source })?;
+        let state = match load(&*vault, trust_domain)? {
+            Some(state) => state,
+            None => {
                 let state = first_state(trust_domain, Timestamp::now())?;
-                save(state_dir, &state)?;
+                save(&*vault, &state)?;
                 state
             }
-            Err(source) => return Err(CaError::State { path, source }),
         };
-        state.bundle.save(&state_dir.join(BUNDLE_FILE)).map_err(file_error)?;
-        let shared =
-            Shared { folder: state_dir.to_owned(), state: ArcSwap::from_pointee(state), writing: Mutex::new(()) };
-        Ok(Self { shared: Arc::new(shared) })
+        Self::with(vault, folder, state)
+    }
+
+    /// Loads a CA that another process made; `None` as long as it has not.
+    pub fn load_in(vault: Box<dyn Vault>, folder: &Path, trust_domain: &TrustDomain) -> Result<Option<Self>, CaError> {
+        let state = load(&*vault, trust_domain)?;
+        state.map(|state| Self::with(vault, folder, state)).transpose()
+    }
+
+    fn with(vault: Box<dyn Vault>, folder: &Path, state: State) -> Result<Self, CaError> {
+        save_bundle(folder, &state)?;
+        let (folder, state) = (folder.to_owned(), ArcSwap::from_pointee(state));
+        Ok(Self { shared: Arc::new(Shared { vault, folder, state, writing: Mutex::new(()) }) })
+    }
+
+    /// Takes what another process has changed since. A lower sequence is not taken.
+    pub fn reload(&self) -> Result<(), CaError> {
+        let _writing = self.shared.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = self.shared.state.load_full();
+        let next = load(&*self.shared.vault, current.bundle.trust_domain())?;
+        if let Some(next) = next.filter(|next| next.bundle.sequence() >= current.bundle.sequence()) {
+            save_bundle(&self.shared.folder, &next)?;
+            self.shared.state.store(Arc::new(next));
+        }
+        Ok(())
     }
 
     /// All published roots, with the sequence.
@@ -381,9 +441,8 @@ impl CertificateAuthority {
         if next.roots.len() != current.roots.len() {
             next.bundle = bundle(current.bundle.trust_domain(), current.bundle.sequence() + 1, &next.roots)?;
         }
-        save(&self.shared.folder, &next)?;
-        let path = self.shared.folder.join(BUNDLE_FILE);
-        next.bundle.save(&path).map_err(|source| CaError::State { path, source })?;
+        save(&*self.shared.vault, &next)?;
+        save_bundle(&self.shared.folder, &next)?;
         self.shared.state.store(Arc::new(next));
         Ok(result)
     }
@@ -471,7 +530,7 @@ fn uri(text: &str) -> Result<SanType, CaError> {
     Ok(SanType::URI(text.try_into()?))
 }
 
-fn save(folder: &Path, state: &State) -> Result<(), CaError> {
+fn save(vault: &dyn Vault, state: &State) -> Result<(), CaError> {
     let stored = StoredState {
         trust_domain: state.bundle.trust_domain().clone(),
         sequence: state.bundle.sequence(),
@@ -486,13 +545,22 @@ fn save(folder: &Path, state: &State) -> Result<(), CaError> {
             .collect(),
     };
     let bytes = Zeroizing::new(serde_json::to_vec_pretty(&stored).expect("strings and numbers become JSON"));
-    let path = folder.join(STATE_FILE);
-    atomic::write_private(&path, &bytes).map_err(|source| CaError::State { path, source })
+    vault.save(&bytes).map_err(|source| CaError::State { path: vault.name(), source })
 }
 
-fn load(path: &Path, bytes: Zeroizing<Vec<u8>>, trust_domain: &TrustDomain) -> Result<State, CaError> {
+fn save_bundle(folder: &Path, state: &State) -> Result<(), CaError> {
+    let path = folder.join(BUNDLE_FILE);
+    state.bundle.save(&path).map_err(|source| CaError::State { path, source })
+}
+
+fn load(vault: &dyn Vault, trust_domain: &TrustDomain) -> Result<Option<State>, CaError> {
+    let bytes = vault.load().map_err(|source| CaError::State { path: vault.name(), source })?;
+    bytes.map(|bytes| read(&vault.name(), &bytes, trust_domain)).transpose()
+}
+
+fn read(path: &Path, bytes: &[u8], trust_domain: &TrustDomain) -> Result<State, CaError> {
     let damaged = |reason: String| CaError::Damaged { path: path.to_owned(), reason };
-    let stored: StoredState = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    let stored: StoredState = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
     if stored.trust_domain != *trust_domain {
         let (found, wanted) = (stored.trust_domain, trust_domain.clone());
         return Err(CaError::OtherDomain { path: path.to_owned(), found, wanted });

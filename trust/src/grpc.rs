@@ -9,11 +9,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use rand::seq::SliceRandom;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
 use tokio::time::{Sleep, timeout};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use tokio_stream::Stream;
@@ -28,6 +30,10 @@ use crate::tls::{identity_of, refusal_of};
 /// ALPN of gRPC.
 pub const ALPN_H2: &[u8] = b"h2";
 
+/// Addresses that are tried for one connection.
+const ADDRESSES_MAX: usize = 32;
+/// How long one address may say nothing before the next one is tried beside it.
+const NEXT_AFTER: Duration = Duration::from_millis(300);
 /// How long a TCP connection and its handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Handshakes under way at once at one listener; above it, the oldest makes room.
@@ -49,19 +55,19 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 #[error("{0:?} is not host:port")]
 pub struct InvalidAddress(pub String);
 
-/// A channel to `address` (host:port), which connects when it is first used and again whenever the connection
-/// is lost. The configuration should offer [`ALPN_H2`].
+/// A channel to `address`, which connects when it is first used and again whenever the connection is lost. Several
+/// addresses (`host:port`, with commas), and several that a name resolves to, are tried until one answers. The
+/// configuration should offer [`ALPN_H2`].
 pub fn connect(address: &str, config: Arc<ClientConfig>) -> Result<Channel, InvalidAddress> {
     let invalid = || InvalidAddress(address.chars().take(300).collect());
+    let targets = address.split(',').map(|one| Target::new(one.trim()).ok_or_else(invalid));
+    let targets: Arc<[Target]> = targets.collect::<Result<Vec<_>, _>>()?.into();
     // The scheme keeps tonic from bringing TLS of its own.
-    let uri: Uri = format!("http://{address}").parse().map_err(|_| invalid())?;
-    let host = uri.host().ok_or_else(invalid)?.trim_matches(['[', ']']).to_owned();
-    let port = uri.port_u16().ok_or_else(invalid)?;
-    let name = ServerName::try_from(host.clone()).map_err(|_| invalid())?;
+    let uri: Uri = format!("http://{}", targets[0].authority).parse().map_err(|_| invalid())?;
     let connector = TlsConnector::from(config);
     let dial = tower::service_fn(move |_: Uri| {
-        let (host, name, connector) = (host.clone(), name.clone(), connector.clone());
-        async move { dial((host, port), name, connector).await.map(TokioIo::new) }
+        let (targets, connector) = (targets.clone(), connector.clone());
+        async move { dial(&targets, &connector).await.map(TokioIo::new) }
     });
     let endpoint = Endpoint::from(uri)
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
@@ -70,20 +76,71 @@ pub fn connect(address: &str, config: Arc<ClientConfig>) -> Result<Channel, Inva
     Ok(endpoint.connect_with_connector_lazy(dial))
 }
 
-async fn dial(
-    address: (String, u16),
+/// One `host:port`.
+struct Target {
+    authority: String,
+    host: String,
+    port: u16,
     name: ServerName<'static>,
-    connector: TlsConnector,
-) -> io::Result<client::TlsStream<TcpStream>> {
-    let connected = async {
-        let stream = TcpStream::connect((address.0.as_str(), address.1)).await?;
-        stream.set_nodelay(true)?;
-        connector.connect(name, stream).await
-    };
-    match timeout(HANDSHAKE_TIMEOUT, connected).await {
+}
+
+impl Target {
+    fn new(address: &str) -> Option<Self> {
+        let uri: Uri = format!("http://{address}").parse().ok()?;
+        let host = uri.host()?.trim_matches(['[', ']']).to_owned();
+        let name = ServerName::try_from(host.clone()).ok()?;
+        Some(Self { authority: address.to_owned(), host, port: uri.port_u16()?, name })
+    }
+}
+
+async fn dial(targets: &[Target], connector: &TlsConnector) -> io::Result<client::TlsStream<TcpStream>> {
+    match timeout(HANDSHAKE_TIMEOUT, dial_any(targets, connector)).await {
         Ok(result) => result,
         Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the connection was not established in time")),
     }
+}
+
+/// Tries all addresses in random order, the next one when one has failed or has said nothing for a moment: a replica
+/// that was stopped still accepts connections, and one whose machine is gone refuses none.
+async fn dial_any(targets: &[Target], connector: &TlsConnector) -> io::Result<client::TlsStream<TcpStream>> {
+    let (mut addresses, mut failure) = (Vec::new(), None);
+    for target in targets {
+        match tokio::net::lookup_host((target.host.as_str(), target.port)).await {
+            Ok(found) => addresses.extend(found.map(|address| (address, target.name.clone()))),
+            Err(error) => failure = Some(error),
+        }
+    }
+    addresses.shuffle(&mut rand::rng());
+    addresses.truncate(ADDRESSES_MAX);
+    let mut left = addresses.into_iter();
+    let mut attempts = JoinSet::new();
+    loop {
+        match left.next() {
+            Some((address, name)) => _ = attempts.spawn(attempt(address, name, connector.clone())),
+            None if attempts.is_empty() => break,
+            None => {}
+        }
+        tokio::select! {
+            Some(ended) = attempts.join_next() => match ended.map_err(io::Error::other).flatten() {
+                Ok(stream) => return Ok(stream),
+                // One that was reached and refused says more than one that was not reached.
+                Err(error) if failure.as_ref().is_none_or(|known| refusal_of(known).is_none()) => failure = Some(error),
+                Err(_) => {}
+            },
+            () = tokio::time::sleep(NEXT_AFTER), if left.len() > 0 => {}
+        }
+    }
+    Err(failure.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the name has no address")))
+}
+
+async fn attempt(
+    address: SocketAddr,
+    name: ServerName<'static>,
+    connector: TlsConnector,
+) -> io::Result<client::TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    connector.connect(name, stream).await
 }
 
 /// Who is at the other end of a connection.

@@ -60,6 +60,25 @@ impl Drop for Process {
 }
 
 #[tokio::test]
+async fn of_several_addresses_those_that_refuse_and_those_that_never_answer_cost_a_moment_each() {
+    let federation = Federation::start(HOUR, DAY).await;
+    // One replica whose process was stopped, and one that has gone.
+    let stopped = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let addresses = format!("{}, {gone},{}", stopped.local_addr().unwrap(), federation.address);
+    // The order is random: now and then the right one comes last.
+    for _ in 0..8 {
+        let state = tempfile::tempdir().unwrap();
+        federation.add_join(state.path(), "ns/shop/sa/web", 1);
+        let config = IdentityConfig { federation: addresses.clone(), ..federation.config(state.path()) };
+        let began = Instant::now();
+        let (source, _trust) = start(config).unwrap();
+        first(&source).await;
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    }
+}
+
+#[tokio::test]
 async fn a_workload_joins_once_and_renews_for_ever() {
     let federation = Federation::start(Duration::from_secs(4), DAY).await;
     let state = tempfile::tempdir().unwrap();

@@ -31,6 +31,9 @@ fn print(status: &StatusResponse) {
         status.epoch,
         status.version
     );
+    if status.leader != "this replica" && !status.leader.is_empty() {
+        anstream::println!("leader: {}; this replica changes nothing\n", status.leader);
+    }
     peer::print_peers(&status.peers);
     anstream::println!();
     print_services(&status.services);
@@ -172,6 +175,7 @@ fn to_json(status: &StatusResponse) -> Value {
         "trustDomain": status.trust_domain,
         "version": status.version,
         "epoch": status.epoch,
+        "leader": status.leader,
         "rootSha256": status.root_sha256,
         "bundleSequence": status.bundle_sequence,
         "peers": status.peers.iter().map(peer::peer_json).collect::<Vec<_>>(),

@@ -17,7 +17,7 @@ async fn lease(plane: &ControlPlane) -> Option<Value> {
     Some(plane.get("lease", "tombolo-system", "tombolo-federation").await.ok()?["spec"].clone())
 }
 
-async fn held_by(plane: &ControlPlane, holder: &str) -> Value {
+pub async fn held_by(plane: &ControlPlane, holder: &str) -> Value {
     until(&format!("{holder} to hold the lease"), async || {
         lease(plane).await.filter(|lease| lease["holderIdentity"] == holder)
     })
@@ -25,7 +25,7 @@ async fn held_by(plane: &ControlPlane, holder: &str) -> Value {
 }
 
 /// Waits until the export of a Service that is not there says so, which only the leader writes.
-async fn written(plane: &ControlPlane, name: &str) {
+pub async fn written(plane: &ControlPlane, name: &str) {
     until(&format!("the condition of {name}"), async || {
         let export = plane.get("serviceexport", "shop", name).await.ok()?;
         (export["status"]["conditions"][0]["reason"] == "NoService").then_some(())
@@ -55,7 +55,7 @@ fn stand_by(west: &Cluster, extra: &Value, name: &str, addresses: &Announced, ad
 }
 
 /// An address on loopback where nobody listens yet.
-fn free() -> SocketAddr {
+pub fn free() -> SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 

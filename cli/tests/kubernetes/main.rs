@@ -7,7 +7,9 @@ mod imports;
 mod injection;
 mod leader;
 mod policies;
+mod replicas;
 mod source;
+mod store;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -14,8 +14,8 @@ use tombolo_runtime::drain::DrainWatch;
 use tonic::{Status, Streaming};
 
 use super::{DiscoveryService, Ended, first, next_generation, wire};
-use crate::hub::{GatewayJoin, HubHandle, PeeringCommand, PeeringEvent};
-use crate::registry::SessionId;
+use crate::hub::{GatewayJoin, HubHandle, PeeringCommand};
+use crate::registry::{Attached, SessionId};
 
 /// Peering commands that wait for the stream.
 const COMMANDS_MAX: usize = 16;
@@ -67,6 +67,7 @@ impl GatewayStream {
             ingress_address: wire::address("ingress_address", hello.ingress_address).map_err(malformed)?,
             watch_address: wire::address("watch_address", hello.watch_address).map_err(malformed)?,
             commands,
+            attached: Attached::Here,
         };
         let joined = service.hub.gateway_joined(join).await;
         let session = joined.map_err(|_| Status::unavailable(Refusal::Draining.explanation()))?;
@@ -113,7 +114,7 @@ impl GatewayStream {
                     None => return Err(Ended::Closed),
                 },
                 // Closed only when a later stream of this gateway has replaced this one.
-                command = self.commands.recv() => self.send(command_to_wire(command.ok_or(Ended::Closed)?)).await?,
+                command = self.commands.recv() => self.send(wire::command_to_wire(command.ok_or(Ended::Closed)?)).await?,
                 changed = next_generation(&self.hub, &mut self.changes, &self.id) => changed?,
                 () = self.drain.draining() => {
                     return Err(Status::unavailable(Refusal::Draining.explanation()).into());
@@ -150,38 +151,17 @@ impl GatewayStream {
                 let sequences = wire::bundles_in_force(bundles).map_err(malformed)?;
                 return Ok(self.hub.bundles_in_force(self.session, sequences).await?);
             }
-            Some(Asked::Exporter(proto::PeeringExporter { attempt, exporter })) => {
-                PeeringEvent::Exporter { gateway, attempt, exporter }
-            }
-            Some(Asked::Answer(proto::PeeringAnswer { attempt, answer })) => {
-                PeeringEvent::Answer { gateway, attempt, answer }
-            }
-            Some(Asked::Failed(proto::PeeringFailed { attempt, reason })) => {
-                PeeringEvent::Failed { gateway, attempt, reason }
-            }
-            Some(Asked::Knock(proto::PeeringKnock { attempt, exporter, offer, chain_der: chain })) => {
-                PeeringEvent::Knock { gateway, attempt, exporter, offer, chain }
-            }
-            // A second Hello changes nothing; a kind of a newer release is passed over.
-            Some(Asked::Hello(_)) | None => return Ok(()),
+            Some(said) => wire::peering_event(gateway, said),
+            None => None,
         };
-        Ok(self.hub.peering_event(event).await?)
+        match event {
+            Some(event) => Ok(self.hub.peering_event(event).await?),
+            // A second Hello changes nothing; a kind of a newer release is passed over.
+            None => Ok(()),
+        }
     }
 
     async fn send(&self, kind: Kind) -> Result<(), Ended> {
         self.updates.send(Ok(proto::GatewayUpdate { kind: Some(kind) })).await.map_err(|_| Ended::Closed)
-    }
-}
-
-fn command_to_wire(command: PeeringCommand) -> Kind {
-    match command {
-        PeeringCommand::Dial { attempt, addresses, root_sha256, cluster } => Kind::PeeringDial(proto::PeeringDial {
-            attempt,
-            addresses,
-            root_sha256: root_sha256.to_vec(),
-            cluster: cluster.to_string(),
-        }),
-        PeeringCommand::Offer { attempt, offer } => Kind::PeeringOffer(proto::PeeringOffer { attempt, offer }),
-        PeeringCommand::Verdict { attempt, answer } => Kind::PeeringVerdict(proto::PeeringVerdict { attempt, answer }),
     }
 }

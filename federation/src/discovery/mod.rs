@@ -7,7 +7,7 @@ mod gateway;
 mod sidecar;
 #[cfg(test)]
 mod tests;
-mod wire;
+pub(crate) mod wire;
 
 use std::time::{Duration, Instant};
 

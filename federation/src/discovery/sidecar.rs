@@ -22,7 +22,7 @@ use tonic::{Status, Streaming};
 use super::{DiscoveryService, Ended, first, next_generation, wire};
 use crate::addresses::Addresses;
 use crate::hub::{HubHandle, SidecarJoin, View};
-use crate::registry::SessionId;
+use crate::registry::{Attached, SessionId};
 
 /// Services that one sidecar may follow at once.
 pub const SUBSCRIPTIONS_MAX: usize = 1024;
@@ -106,7 +106,8 @@ impl SidecarStream {
         };
         let zone = (!hello.zone.is_empty()).then(|| hello.zone.chars().take(63).collect::<String>());
         let instance = name("instance", &hello.instance).map_err(malformed)?;
-        let join = SidecarJoin { instance, spiffe_id: id.clone(), zone: zone.clone() };
+        let attached = Attached::Here;
+        let join = SidecarJoin { instance, spiffe_id: id.clone(), zone: zone.clone(), attached };
         let joined = service.hub.sidecar_joined(join).await;
         let joined = joined.map_err(|_| Status::unavailable(Refusal::Draining.explanation()))?;
         let Some(session) = joined else {

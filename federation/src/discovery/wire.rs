@@ -9,11 +9,11 @@ use tombolo_core::addresses::Ranges;
 use tombolo_core::addresses::allocation::owners;
 use tombolo_core::addresses::mesh::Block;
 use tombolo_core::catalog::ServiceView;
-use tombolo_core::id::{ServiceName, TrustDomain};
+use tombolo_core::id::{GatewayId, ServiceName, TrustDomain};
 use tombolo_core::model::{Freshness, Origin, Transport};
 
 use crate::addresses::Addresses;
-use crate::hub::{GatewayView, Reach, TunnelView, View};
+use crate::hub::{GatewayView, PeeringCommand, PeeringEvent, Reach, TunnelView, View};
 use crate::registry::Claim;
 use crate::sync::wire::gateway_to_wire;
 
@@ -143,7 +143,7 @@ fn deliveries(view: &ServiceView) -> impl Iterator<Item = proto::Delivery> {
     })
 }
 
-pub(super) fn claim(wire: proto::Registration) -> Result<Claim, InvalidMessage> {
+pub(crate) fn claim(wire: proto::Registration) -> Result<Claim, InvalidMessage> {
     Ok(Claim {
         service: name("service", &wire.service)?,
         port: port("port", wire.port)?,
@@ -152,14 +152,14 @@ pub(super) fn claim(wire: proto::Registration) -> Result<Claim, InvalidMessage> 
     })
 }
 
-pub(super) fn address(field: &'static str, text: String) -> Result<String, InvalidMessage> {
+pub(crate) fn address(field: &'static str, text: String) -> Result<String, InvalidMessage> {
     if text.len() <= ADDRESS_LEN_MAX && text.contains(':') {
         return Ok(text);
     }
     Err(InvalidMessage::Value { field, reason: "write host:port" })
 }
 
-pub(super) fn tunnel(wire: proto::TunnelState) -> Result<TunnelView, InvalidMessage> {
+pub(crate) fn tunnel(wire: proto::TunnelState) -> Result<TunnelView, InvalidMessage> {
     let reach = match wire.reach() {
         proto::Reach::Unknown => Reach::Unknown,
         proto::Reach::Up => Reach::Up,
@@ -182,4 +182,34 @@ pub(super) fn tunnel(wire: proto::TunnelState) -> Result<TunnelView, InvalidMess
 pub(super) fn bundles_in_force(wire: proto::BundlesInForce) -> Result<BTreeMap<TrustDomain, u64>, InvalidMessage> {
     let sequences = wire.sequences.into_iter().take(BUNDLES_MAX);
     sequences.map(|(domain, sequence)| Ok((name("trust domain", &domain)?, sequence))).collect()
+}
+
+/// What a gateway reports of a peering; `None` for everything else that it says.
+pub(crate) fn peering_event(gateway: GatewayId, said: proto::gateway_request::Kind) -> Option<PeeringEvent> {
+    use proto::gateway_request::Kind;
+    Some(match said {
+        Kind::Exporter(proto::PeeringExporter { attempt, exporter }) => {
+            PeeringEvent::Exporter { gateway, attempt, exporter }
+        }
+        Kind::Answer(proto::PeeringAnswer { attempt, answer }) => PeeringEvent::Answer { gateway, attempt, answer },
+        Kind::Failed(proto::PeeringFailed { attempt, reason }) => PeeringEvent::Failed { gateway, attempt, reason },
+        Kind::Knock(proto::PeeringKnock { attempt, exporter, offer, chain_der: chain }) => {
+            PeeringEvent::Knock { gateway, attempt, exporter, offer, chain }
+        }
+        Kind::Hello(_) | Kind::Tunnels(_) | Kind::Bundles(_) => return None,
+    })
+}
+
+pub(crate) fn command_to_wire(command: PeeringCommand) -> proto::gateway_update::Kind {
+    use proto::gateway_update::Kind;
+    match command {
+        PeeringCommand::Dial { attempt, addresses, root_sha256, cluster } => Kind::PeeringDial(proto::PeeringDial {
+            attempt,
+            addresses,
+            root_sha256: root_sha256.to_vec(),
+            cluster: cluster.to_string(),
+        }),
+        PeeringCommand::Offer { attempt, offer } => Kind::PeeringOffer(proto::PeeringOffer { attempt, offer }),
+        PeeringCommand::Verdict { attempt, answer } => Kind::PeeringVerdict(proto::PeeringVerdict { attempt, answer }),
+    }
 }

@@ -12,7 +12,7 @@ use tombolo_trust::bundle::Bundle;
 
 use super::state::State;
 use super::view::PeerView;
-use super::{PeerMessage, PeerRecord, SyncApplied, SyncEnds};
+use super::{Imports, PeerMessage, PeerRecord, SyncApplied, SyncEnds};
 use crate::sync::wire::{bundle_of, roots_of};
 
 /// Characters kept of a refusal that a peer reports.
@@ -141,7 +141,10 @@ impl State {
     /// Applies one update. Returns whether it touched anything, and why it was refused if it was.
     fn handle_update(&mut self, cluster: &ClusterId, update: Update) -> Result<(bool, Option<String>), SyncEnds> {
         let is_news = update.change != Change::Heartbeat;
+        let relayed = (self.relay.receiver_count() > 0).then(|| (cluster.clone(), update.clone()));
         let (changed, touched) = self.catalog.handle_update(cluster, update).ok_or(SyncEnds::NoPeer)??;
+        // Fails only when nobody listens any more.
+        relayed.into_iter().for_each(|update| _ = self.relay.send(update));
         self.updates.inc_by(u64::from(is_news));
         self.dirty.services |= !changed.is_empty();
         self.dirty.trust |= touched.roots || touched.revocations;
@@ -154,6 +157,21 @@ impl State {
         }
         let any = touched.roots || touched.revocations || touched.gateways || !touched.services.is_empty();
         Ok((any || touched.refused.is_some(), touched.refused.map(|refused| refused.to_string())))
+    }
+
+    /// What is held of every peer, and what will come.
+    pub(super) fn imports(&self) -> Imports {
+        let held = self.peers.keys().filter_map(|id| Some((id.clone(), self.catalog.import(id)?.snapshot())));
+        Imports { held: held.collect(), updates: self.relay.subscribe() }
+    }
+
+    /// This process leads from now on: whatever it publishes is of `epoch`.
+    pub(super) fn handle_lead(&mut self, epoch: u64) {
+        (self.epoch, self.revision_floor) = (epoch, 0);
+        for peer in self.peers.values_mut() {
+            peer.publication = Publication::new(epoch, 0, self.log_cost_max);
+        }
+        (self.dirty.publish, self.dirty.view) = (true, true);
     }
 
     fn imported_bundle(&self, cluster: &ClusterId) -> Option<Bundle> {

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 use tombolo_core::catalog::Catalog;
 use tombolo_core::id::{ClusterId, GatewayId, SpiffeId, TrustDomain};
 use tombolo_core::model::GatewayAddress;
 use tombolo_core::policy::access::{DefaultAccess, Defaults};
-use tombolo_core::publish::{Published, Revocations};
+use tombolo_core::publish::{Published, Revocations, Update};
 use tombolo_core::registration;
 use tombolo_core::source::{LocalState, SourceProblem};
 use tombolo_runtime::metrics::prometheus_client::metrics::counter::Counter;
@@ -19,15 +19,17 @@ use tombolo_trust::store::{ClusterBundle, TrustStore};
 use super::peers::Peer;
 use super::remembered::{Remembered, RememberedGateway};
 use super::view::{GatewayView, Reach, SidecarView, TunnelView, View};
-use super::{CommandRefused, GatewayJoin, HubStart, Input, PeeringCommand};
+use super::{CommandRefused, GatewayJoin, HubStart, Input, PeeringCommand, SidecarJoin};
 use crate::addresses::Addresses;
-use crate::registry::{GRACE, Registry, SessionId};
+use crate::registry::{Attached, Connected, Registry, SessionId};
 use crate::sync::wire::roots_of;
 
 /// How long the tunnel addresses of a gateway that has gone are still published.
 const GATEWAY_MEMORY: Duration = Duration::from_secs(600);
 /// How long what was connected before a restart of the federation counts as connected.
 const RESTART_GRACE: Duration = Duration::from_secs(15);
+/// Updates of peers that wait for another replica; one that lags further behind begins anew.
+const RELAYED_MAX: usize = 4_096;
 /// Gateways that may be known at once.
 const GATEWAYS_MAX: usize = 64;
 
@@ -56,6 +58,7 @@ struct Gateway {
     ingress_address: String,
     watch_address: String,
     commands: mpsc::Sender<PeeringCommand>,
+    attached: Attached,
     tunnels: Vec<TunnelView>,
     /// Until when it still counts as connected; `None` while its stream stands.
     ends: Option<Instant>,
@@ -90,6 +93,8 @@ pub(super) struct State {
     pub(super) updates: Counter,
     pub(super) updates_refused: Counter,
     pub(super) answers: Vec<oneshot::Sender<()>>,
+    /// What comes from peers, for the other replicas.
+    pub(super) relay: broadcast::Sender<(ClusterId, Update)>,
     trust: TrustStore,
     registry: Registry,
     gateways: BTreeMap<GatewayId, Gateway>,
@@ -115,6 +120,7 @@ impl State {
             peers: Arc::default(),
             gateways: Arc::default(),
             sidecars: Arc::default(),
+            sessions: Arc::default(),
             bundles: Arc::default(),
             revoked: Arc::default(),
             revocation_sequence: 0,
@@ -138,6 +144,7 @@ impl State {
             updates: metrics.counter("tombolo_sync_updates", "Updates taken from peers"),
             updates_refused: metrics.counter("tombolo_sync_updates_refused", "Updates of peers that were refused"),
             answers: Vec::new(),
+            relay: broadcast::Sender::new(RELAYED_MAX),
             trust,
             gateways: BTreeMap::new(),
             bundles_in_force: BTreeMap::new(),
@@ -158,9 +165,17 @@ impl State {
             let RememberedGateway { gateway, spiffe_id, advertise, ingress_address, watch_address } = gateway;
             // Nobody takes commands until the gateway is back.
             let (commands, _) = mpsc::channel(1);
-            let (session, tunnels, ends) = (SessionId(0), Vec::new(), Some(ends));
-            let held =
-                Gateway { session, spiffe_id, advertise, ingress_address, watch_address, commands, tunnels, ends };
+            let held = Gateway {
+                session: SessionId(0),
+                spiffe_id,
+                advertise,
+                ingress_address,
+                watch_address,
+                commands,
+                attached: Attached::Elsewhere(0),
+                tunnels: Vec::new(),
+                ends: Some(ends),
+            };
             self.gateways.insert(gateway, held);
         }
         self.dirty.local = true;
@@ -222,7 +237,8 @@ impl State {
             Input::PublishedSince(cluster, from, answer) => drop(answer.send(self.published_since(&cluster, from))),
             Input::Acked { cluster, position, refused } => self.handle_acked(&cluster, position, refused),
             Input::SidecarJoined(session, join, answer) => {
-                let joined = self.registry.handle_joined(session, join.spiffe_id, join.instance, join.zone);
+                let SidecarJoin { instance, spiffe_id, zone, attached } = join;
+                let joined = self.registry.handle_joined(session, spiffe_id, instance, zone, attached);
                 self.dirty.view |= joined;
                 let _ = answer.send(joined);
             }
@@ -234,6 +250,16 @@ impl State {
                 self.registry.handle_left(session, now);
                 self.bundles_in_force.remove(&session);
                 self.dirty.view = true;
+            }
+            Input::SidecarGone(session) => {
+                self.bundles_in_force.remove(&session);
+                self.dirty.local |= self.registry.handle_gone(session);
+                self.dirty.view = true;
+            }
+            Input::Imports(answer) => drop(answer.send(self.imports())),
+            Input::Lead(epoch, done) => {
+                self.handle_lead(epoch);
+                self.answers.push(done);
             }
             Input::GatewayJoined(session, join) => self.handle_gateway_joined(session, join),
             Input::Tunnels(session, tunnels) => self.handle_tunnels(session, tunnels),
@@ -340,13 +366,27 @@ impl State {
     }
 
     fn handle_gateway_joined(&mut self, session: SessionId, join: GatewayJoin) {
-        let GatewayJoin { gateway, spiffe_id, advertise, ingress_address, watch_address, commands } = join;
+        let GatewayJoin { gateway, spiffe_id, advertise, ingress_address, watch_address, commands, attached } = join;
+        // What another replica tells may be late.
+        let stands = |held: &Gateway| held.attached == Attached::Here && held.ends.is_none();
+        if attached != Attached::Here && self.gateways.get(&gateway).is_some_and(stands) {
+            return;
+        }
         if self.gateways.len() >= GATEWAYS_MAX && !self.gateways.contains_key(&gateway) {
             tracing::warn!(%gateway, "more than {GATEWAYS_MAX} gateways; this one is not listed");
             return;
         }
-        let (tunnels, ends) = (Vec::new(), None);
-        let held = Gateway { session, spiffe_id, advertise, ingress_address, watch_address, commands, tunnels, ends };
+        let held = Gateway {
+            session,
+            spiffe_id,
+            advertise,
+            ingress_address,
+            watch_address,
+            commands,
+            attached,
+            tunnels: Vec::new(),
+            ends: None,
+        };
         self.gateways.insert(gateway, held);
         (self.dirty.publish, self.dirty.view) = (true, true);
     }
@@ -371,7 +411,7 @@ impl State {
     fn handle_gateway_left(&mut self, session: SessionId, now: Instant) {
         self.bundles_in_force.remove(&session);
         if let Some(gateway) = self.gateway_of(session) {
-            gateway.ends = Some(now + GRACE);
+            gateway.ends = Some(now + gateway.attached.grace());
             gateway.tunnels.clear();
             self.dirty.quiet = true;
         }
@@ -436,6 +476,8 @@ impl State {
         View {
             remembered,
             generation: before.generation + u64::from(seen),
+            epoch: self.epoch,
+            sessions: if seen { Arc::new(self.sessions()) } else { before.sessions.clone() },
             peers: Arc::new(self.peers.keys().filter_map(|id| self.peer_view(id)).collect()),
             gateways: Arc::new(self.gateway_views(now)),
             sidecars: if seen { Arc::new(self.sidecar_views(&services)) } else { before.sidecars.clone() },
@@ -464,12 +506,22 @@ impl State {
                 ingress_address: gateway.ingress_address.clone(),
                 watch_address: gateway.watch_address.clone(),
                 connected: gateway.is_connected(now),
+                attached: gateway.attached,
                 tunnels: gateway.tunnels.clone(),
                 bundles_in_force: self.bundles_in_force.get(&gateway.session).cloned().unwrap_or_default(),
             };
             (id.clone(), Arc::new(view))
         };
         self.gateways.iter().map(view).collect()
+    }
+
+    fn sessions(&self) -> BTreeMap<SessionId, Arc<Connected>> {
+        // What did not change keeps its allocation, so that it is seen at once that it did not.
+        let kept = |(session, connected): (SessionId, Connected)| {
+            let known = self.view.sessions.get(&session).filter(|known| ***known == connected);
+            (session, known.cloned().unwrap_or_else(|| Arc::new(connected)))
+        };
+        self.registry.connected().map(kept).collect()
     }
 
     fn sidecar_views(

@@ -13,7 +13,7 @@ use tombolo_core::publish::{Change, Update};
 use tombolo_trust::ca::CertificateAuthority;
 
 use super::*;
-use crate::registry::GRACE;
+use crate::registry::{Attached, GRACE};
 
 struct Subject {
     state: State,
@@ -75,6 +75,7 @@ impl Subject {
             ingress_address: "127.0.0.1:1".into(),
             watch_address: "127.0.0.1:2".into(),
             commands: mpsc::channel(1).0,
+            attached: Attached::Here,
         };
         self.input(Input::GatewayJoined(SessionId(session), join));
     }

@@ -14,7 +14,7 @@ use tombolo_trust::bundle::Bundle;
 
 use super::remembered::Remembered;
 use crate::addresses::Addresses;
-use crate::registry::{SessionId, Verdict};
+use crate::registry::{Attached, Connected, SessionId, Verdict};
 
 /// How far a tunnel of one of our gateways is from answering.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,6 +60,7 @@ pub struct GatewayView {
     pub watch_address: String,
     /// Whether its stream stands, or ended only a moment ago.
     pub connected: bool,
+    pub attached: Attached,
     pub tunnels: Vec<TunnelView>,
     /// The highest bundle sequence that it has in force, by trust domain.
     pub bundles_in_force: BTreeMap<TrustDomain, u64>,
@@ -124,6 +125,8 @@ pub struct View {
     pub peers: Arc<BTreeMap<ClusterId, Arc<PeerView>>>,
     pub gateways: Arc<BTreeMap<GatewayId, Arc<GatewayView>>>,
     pub sidecars: Arc<BTreeMap<SessionId, Arc<SidecarView>>>,
+    /// The same, as other replicas are told of them.
+    pub sessions: Arc<BTreeMap<SessionId, Arc<Connected>>>,
     /// Own and peers' bundles by cluster, as they are in force.
     pub bundles: Arc<BTreeMap<ClusterId, Bundle>>,
     /// Own and peers' identities that are revoked.

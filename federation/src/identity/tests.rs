@@ -10,6 +10,7 @@ use tombolo_trust::peering::sha256;
 use tonic::Code;
 
 use super::*;
+use crate::kubernetes::Leadership;
 
 const SECRET: &[u8] = b"a secret of the test";
 
@@ -23,17 +24,25 @@ fn open(state: &TempDir) -> Store {
     Store::open(state.path(), &"east".parse().unwrap(), &"east.tombolo".parse().unwrap(), Timestamp::now()).unwrap()
 }
 
+/// There is no other replica.
+fn service_lead() -> ToLeader {
+    let lead = Lead::alone(Leadership::always());
+    ToLeader { lead, trust: TrustStore::new(), trust_domain: "east.tombolo".parse().unwrap() }
+}
+
 fn running() -> Running {
     let state = tempfile::tempdir().unwrap();
     let domain: TrustDomain = "east.tombolo".parse().unwrap();
     let ca = CertificateAuthority::create_or_load(state.path(), &domain).unwrap();
     let hour = Duration::from_secs(3600);
     let issuer = Issuer { ca, life: hour, grace: hour };
+
     let refusals = Metrics::new("federation").refusals("identity");
     let service = IdentityService {
         issuer,
         store: open(&state),
         reviewer: None,
+        to_leader: service_lead(),
         refusals: refusals.clone(),
         admission: Mutex::new(Admission::default()),
         under_way: Arc::new(Semaphore::new(UNDER_WAY_MAX)),
@@ -84,6 +93,7 @@ async fn a_join_entry_yields_its_identity_once_a_key_and_the_use_is_durable() {
         issuer: Issuer { ca, life: hour, grace: hour },
         store: open(&state),
         reviewer: None,
+        to_leader: service_lead(),
         refusals: refusals.clone(),
         admission: Mutex::new(Admission::default()),
         under_way: Arc::new(Semaphore::new(UNDER_WAY_MAX)),

@@ -1,13 +1,16 @@
-//! The cluster's own API server: how it is reached, how kinds of objects are watched, and which replica leads.
+//! The cluster's own API server: how it is reached, how kinds of objects are watched, which replica leads, and where
+//! others find the root of this cluster.
 
+mod ca;
 mod client;
 mod lease;
 mod watch;
 
 use kube::api::ApiResource;
 
+pub use ca::publish_ca;
 pub use client::{ClientError, connect, reason};
-pub use lease::{Candidate, Leadership, Lost};
+pub use lease::{Candidate, Lead, Leader, Leadership, Lost, NotLeading};
 pub use watch::{Change, Watch, name_of};
 
 /// A kind of object of an API server.

@@ -10,9 +10,20 @@ use tombolo_core::model::{AppProtocol, ClusterShare, Freshness, Origin, ServiceP
 use tombolo_trust::ca::CertificateAuthority;
 
 use crate::hub::{GatewayView, PeerView, SidecarView, TunnelView, View};
+use crate::kubernetes::{Lead, NotLeading};
 use crate::registry::Verdict;
 
-pub fn status(view: &View, ca: &CertificateAuthority, version: &str) -> StatusResponse {
+pub fn status(view: &View, ca: &CertificateAuthority, lead: &Lead, version: &str) -> StatusResponse {
+    let leads = lead.check();
+    let nobody = SourceProblem {
+        file: "Lease tombolo-federation".into(),
+        line: 0,
+        reason:
+            "it can't be renewed or taken: no replica is known to lead, so that nothing is written or published; what \
+                 was known last stays in force. Check that the API server answers"
+                .into(),
+    };
+    let nobody = (leads == Err(NotLeading::Nobody)).then_some(nobody);
     StatusResponse {
         cluster: view.cluster.to_string(),
         trust_domain: view.trust_domain.to_string(),
@@ -32,9 +43,15 @@ pub fn status(view: &View, ca: &CertificateAuthority, version: &str) -> StatusRe
                 line: problem.line,
                 reason: problem.reason.clone(),
             })
+            .chain(nobody)
             .collect(),
         revoked: view.revoked.iter().map(ToString::to_string).collect(),
         revocation_sequence: view.revocation_sequence,
+        leader: match leads {
+            Ok(()) => "this replica".into(),
+            Err(NotLeading::Other(holder)) => holder,
+            Err(NotLeading::Nobody) => "nobody".into(),
+        },
     }
 }
 

@@ -13,6 +13,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::*;
 use crate::hub::{self, HubStart};
+use crate::kubernetes::Leadership;
 use crate::source::{self, SourceSettings};
 
 const WEB: &str = "apiVersion: v1\nkind: Service\nmetadata:\n  name: web\n  namespace: shop\n  annotations: {tombolo.dev/service-accounts: web}\nspec: {ports: [{port: 80}]}\n";
@@ -60,9 +61,18 @@ impl Running {
         };
         let source = source::start(settings, store.clone()).await;
         let relay = Box::new(hub.clone());
-        let peering =
-            Peering::start(ca.clone(), cluster, store.clone(), relay, events, Box::new(|_| ())).await.unwrap();
-        let service = OperatorService { trust_domain, hub, store, source, peering, ca, version: "1.2.3" };
+        let peering = Peering::start(ca.clone(), cluster, store.clone(), relay, Box::new(|_| ())).await.unwrap();
+        peering.handle_events(events);
+        let service = OperatorService {
+            trust_domain,
+            hub,
+            store,
+            source,
+            peering,
+            ca,
+            lead: Lead::alone(Leadership::always()),
+            version: "1.2.3",
+        };
         let socket = OperatorSocket::bind(state.path()).unwrap();
         let path = socket.path().to_owned();
         let (stop, stopped) = oneshot::channel::<()>();

@@ -11,6 +11,7 @@ use tombolo_trust::bundle::{Bundle, InvalidBundle};
 use super::{Peering, PeeringError};
 use crate::hub::PeerRecord;
 use crate::source::SourceHandle;
+use crate::store::StoreError;
 
 /// Makes and ends peerings as the source declares them, until the source ends.
 pub async fn follow_declared(peering: Peering, source: SourceHandle) {
@@ -50,7 +51,11 @@ impl Peering {
         let clusters = wanted.keys().cloned().collect();
         let stored =
             self.shared.store.off_thread(move |store| store.change_peering(|state| state.set_declared(clusters)));
-        stored.await?;
+        match stored.await {
+            // The leader keeps it; all replicas have the same source.
+            Ok(()) | Err(StoreError::NotLeading) => {}
+            Err(error) => return Err(error.into()),
+        }
         let before = std::mem::replace(&mut *self.shared.declared(), wanted.clone());
         for gone in before.keys().filter(|cluster| !wanted.contains_key(*cluster) && !bound.contains_key(*cluster)) {
             self.end_declared(gone.clone()).await?;

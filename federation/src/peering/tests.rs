@@ -286,7 +286,9 @@ async fn start(
     relay.network.endpoints.lock().unwrap().insert(cluster.to_string(), endpoint);
     let refusals = refusals.clone();
     let on_refused = Box::new(move |code| refusals.lock().unwrap().push(code));
-    Peering::start(ca.clone(), cluster, store, Box::new(relay.clone()), received, on_refused).await.unwrap()
+    let peering = Peering::start(ca.clone(), cluster, store, Box::new(relay.clone()), on_refused).await.unwrap();
+    peering.handle_events(received);
+    peering
 }
 
 fn grants(namespace: &str) -> Authority {

@@ -1,4 +1,5 @@
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -6,6 +7,7 @@ use tombolo_api::proto::catalog::TrustBundle;
 use tombolo_core::invitation::InvitationId;
 use tombolo_core::model::{Authority, ServiceSelector};
 
+use super::revoked::REVOKED_MAX;
 use super::*;
 use crate::hub::PeerRecord;
 

@@ -39,6 +39,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::HEARTBEAT_INTERVAL;
 use super::wire::to_wire;
 use crate::hub::{HubGone, HubHandle};
+use crate::kubernetes::Leadership;
 
 /// Legs whose handshake is under way at once; above it, the oldest makes room.
 const HANDSHAKES_MAX: usize = 256;
@@ -61,6 +62,8 @@ pub struct Publisher {
     pub trust: TrustStore,
     pub refusals: Refusals,
     pub drain: DrainWatch,
+    /// Nothing is published but while it holds.
+    pub leadership: Leadership,
 }
 
 impl Publisher {
@@ -84,6 +87,9 @@ impl Publisher {
 
     /// Only a federation of a peer may come here, and only for this cluster's federation.
     fn authorize(&self, leg: &LegIdentity) -> Result<(), Refusal> {
+        if !self.leadership.holds() {
+            return Err(Refusal::Draining);
+        }
         let view = self.hub.view();
         if !leg.target.is_federation() || leg.target.cluster != view.cluster {
             return Err(Refusal::NotExported);
@@ -270,6 +276,9 @@ impl PeerSync for Service {
                     let _ = updates.try_send(Err(Status::permission_denied(refusal.explanation())));
                 }
                 () = replaced.cancelled() => {}
+                () = publisher.leadership.lapses() => {
+                    let _ = updates.try_send(Err(Status::unavailable("this replica is not known to lead any more")));
+                }
                 () = publisher.drain.draining() => {
                     let _ = updates.try_send(Err(Status::unavailable(Refusal::Draining.explanation())));
                 }
