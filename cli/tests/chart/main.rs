@@ -5,6 +5,7 @@
 
 mod admitted;
 mod checked;
+mod configured;
 mod refused;
 #[path = "../support/mod.rs"]
 mod support;
@@ -76,9 +77,9 @@ fn it_is_linted_and_renders_what_the_golden_files_say() {
     let Some(program) = program() else { return };
     for (case, values) in cases() {
         succeed(&program, &["lint", "--strict", "--values", values.to_str().unwrap()]);
-        // Rights have a test of their own.
+        // What is in deploy/kubernetes has a test of its own.
         let rendered = render(&program, NAMESPACE, &values);
-        let documents = rendered.split_inclusive("\n---\n").filter(|text| !text.contains("templates/rbac.yaml"));
+        let documents = rendered.split_inclusive("\n---\n").filter(|text| !text.contains("templates/kubernetes.yaml"));
         let rendered: String = documents.collect();
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/chart/golden/{case}.yaml"));
         if std::env::var_os(UPDATE).is_some() {
@@ -105,14 +106,18 @@ async fn its_definitions_are_those_of_the_program() {
 }
 
 #[test]
-fn its_rights_are_those_that_are_applied_without_it() {
+fn what_is_applied_without_it_is_in_it_unchanged() {
     let Some(program) = program() else { return };
-    let file = std::fs::read_to_string(chart().join("../../kubernetes/rbac.yaml")).unwrap();
-    let mut expected = objects(&file);
-    expected.retain(|object| object["kind"] != "Namespace");
-    assert!(expected.len() >= 5, "{expected:#?}");
+    let read = |name: &str| {
+        let file = std::fs::read_to_string(chart().join("../../kubernetes").join(name)).unwrap();
+        objects(&file).into_iter().filter(|object| object["kind"] != "Namespace").collect::<Vec<_>>()
+    };
+    let (rights, injection) = (read("rbac.yaml"), read("injection.yaml"));
+    assert!(rights.len() >= 5 && injection.len() >= 4, "{rights:#?}{injection:#?}");
     for (case, values) in cases() {
         let rendered = objects(&render(&program, NAMESPACE, &values));
+        let injects = case != "hidden";
+        let expected: Vec<Value> = rights.iter().chain(injection.iter().filter(|_| injects)).cloned().collect();
         for object in &expected {
             let same = |other: &&Value| other["kind"] == object["kind"] && name(other) == name(object);
             let mut found = rendered.iter().find(same).unwrap_or_else(|| panic!("{case}: no {object:#}")).clone();
@@ -122,10 +127,12 @@ fn its_rights_are_those_that_are_applied_without_it() {
             }
             assert_eq!(found, *object, "{case}");
         }
-        let kinds = ["Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding"];
-        let rights =
-            |objects: &[Value]| objects.iter().filter(|o| kinds.contains(&o["kind"].as_str().unwrap())).count();
-        assert_eq!(rights(&rendered), rights(&expected), "{case} has rights of its own");
+        let is_right = |object: &&Value| {
+            let kind = object["kind"].as_str().unwrap();
+            ["Role", "Binding", "WebhookConfiguration"].iter().any(|end| kind.ends_with(end))
+        };
+        let count = |objects: &[Value]| objects.iter().filter(is_right).count();
+        assert_eq!(count(&rendered), count(&expected), "{case} has rights of its own");
     }
 }
 

@@ -45,6 +45,7 @@ fn cases() -> Vec<(Value, &'static str)> {
         (json!({ "gateway": { "service": { "nodePort": 65536 } } }), "nodePort"),
         (json!({ "gateway": { "service": { "externalTrafficPolicy": "Any" } } }), "externalTrafficPolicy"),
         (json!({ "gateway": { "service": { "annotations": { "a": 1 } } } }), "annotations"),
+        (json!({ "injection": { "captureImage": "two words" } }), "captureImage"),
         (json!({ "networkPolicy": { "adminFrom": [{}] } }), "adminFrom"),
         (json!({ "networkPolicy": { "adminFrom": [{ "ipBlock": { "cdir": "::/0" } }] } }), "cdir"),
         (json!({ "serviceMonitor": { "interval": "soon" } }), "interval"),
