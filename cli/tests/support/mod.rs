@@ -186,7 +186,7 @@ pub fn installed(tools: &[&str]) -> Option<()> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let is_here = |tool: &str| std::env::split_paths(&path).any(|folder| folder.join(tool).is_file());
     let Some(missing) = tools.iter().find(|tool| !is_here(tool)) else { return Some(()) };
-    skip(&format!("{missing} (Debian: iproute2, util-linux, nftables, iptables, curl, bind9-dnsutils)"));
+    skip(&format!("{missing} (Debian: iproute2, util-linux, nftables, iptables, curl, bind9-dnsutils, buildah)"));
     None
 }
 
