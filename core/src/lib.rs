@@ -30,6 +30,7 @@ pub mod policy;
 pub mod publish;
 pub mod refusal;
 pub mod registration;
+pub mod resolution;
 pub mod retry;
 pub mod routing;
 pub mod service_account;

@@ -82,6 +82,7 @@ fn gateway(view: &GatewayView) -> Value {
             "dialledHere": tunnel.dialled_here,
             "legs": tunnel.legs,
             "lastError": tunnel.last_error,
+            "resolved": tunnel.resolved,
         })).collect::<Vec<_>>(),
     })
 }

@@ -13,6 +13,9 @@ use tombolo_runtime::federation::{FederationConfig, is_host_port, proof_problem}
 use tombolo_runtime::logging::LogConfig;
 use tombolo_runtime::telemetry::TelemetryConfig;
 
+/// DNS servers of one gateway.
+const RESOLVERS_MAX: usize = 8;
+
 /// Everything a gateway is told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -46,6 +49,9 @@ pub struct Config {
     /// Sources that may put a PROXY header in front of a leg.
     #[serde(default = "default_proxy_sources")]
     pub proxy_sources: Vec<SourceRange>,
+    /// DNS servers that know the names of peers' gateways; those of the system when empty.
+    #[serde(default)]
+    pub resolvers: Vec<SocketAddr>,
     #[serde(default)]
     pub congestion: Congestion,
     #[serde(default)]
@@ -153,6 +159,9 @@ impl Validate for Config {
         }
         problems.extend(reachable("advertiseIngress", self.advertise_ingress.as_deref(), "ingress", self.ingress));
         problems.extend(reachable("advertiseWatch", self.advertise_watch.as_deref(), "watch", self.watch));
+        if self.resolvers.len() > RESOLVERS_MAX {
+            problems.push(Problem::new("resolvers", format!("at most {RESOLVERS_MAX}")));
+        }
         problems.extend(self.limits.problems());
         problems
     }
@@ -307,6 +316,11 @@ mod tests {
             ("limits:\n  streamWindow: 3000000\n", "limits.streamWindow"),
             ("limits:\n  stalled: 1\n", "limits.stalled"),
             ("congestion: reno\n", "reno"),
+            ("resolvers: [dns.example]\n", "invalid socket address"),
+            (
+                "resolvers: ['10.0.0.1:1', '10.0.0.1:2', '10.0.0.1:3', '10.0.0.1:4', '10.0.0.1:5', '10.0.0.1:6', '10.0.0.1:7', '10.0.0.1:8', '10.0.0.1:9']\n",
+                "at most 8",
+            ),
             ("proxySources: [10.0.0.0/33]\n", "10.0.0.0/33"),
         ] {
             let error = parse(&format!("{SMALLEST}{more}")).unwrap_err();

@@ -2,6 +2,7 @@
 //! whoever starts it hands in identity, trust and snapshot.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -27,6 +28,7 @@ use crate::copy::LegEnd;
 use crate::ingress;
 use crate::meters::{Entrance, Meters, Peer};
 use crate::peering::PeeringRelay;
+use crate::resolver::Resolver;
 use crate::snapshot::Snapshot;
 use crate::stalls::Stalls;
 use crate::tunnel::connection::{Order, Tunnel};
@@ -41,6 +43,8 @@ pub struct Settings {
     pub limits: LimitsConfig,
     pub congestion: Congestion,
     pub proxy_sources: Vec<SourceRange>,
+    /// DNS servers for the names of peers' gateways; empty for the system's.
+    pub resolvers: Vec<SocketAddr>,
     pub liveness: LivenessConfig,
 }
 
@@ -59,6 +63,15 @@ pub struct Parts {
     pub drain: DrainWatch,
 }
 
+/// What came of dialling one gateway of a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LastDial {
+    /// What its names resolved to, and the addresses that it advertises.
+    pub addresses: Vec<SocketAddr>,
+    /// Why no address answered, if none did.
+    pub error: Option<String>,
+}
+
 /// What all parts of a gateway share.
 pub struct Gateway {
     pub settings: Settings,
@@ -71,8 +84,9 @@ pub struct Gateway {
     pub tracer: Tracer,
     pub drain: DrainWatch,
     pub peering: PeeringRelay,
-    /// Why the last dial to a gateway of a peer failed.
-    pub dial_errors: Mutex<BTreeMap<(ClusterId, GatewayId), String>>,
+    pub resolver: Resolver,
+    /// Of each gateway of a peer.
+    pub dials: Mutex<BTreeMap<(ClusterId, GatewayId), LastDial>>,
     snapshot: ArcSwap<Snapshot>,
     snapshot_changed: watch::Sender<u64>,
     legs: Arc<Semaphore>,
@@ -103,7 +117,8 @@ impl Gateway {
             choices: AtomicUsize::new(0),
             snapshot: ArcSwap::from_pointee(parts.snapshot),
             snapshot_changed: watch::Sender::new(0),
-            dial_errors: Mutex::default(),
+            resolver: Resolver::new(parts.settings.resolvers.clone()),
+            dials: Mutex::default(),
             settings: parts.settings,
             trust: parts.trust,
             svid: parts.svid,

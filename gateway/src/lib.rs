@@ -9,6 +9,7 @@ pub mod ingress;
 pub mod meters;
 pub mod peering;
 mod reports;
+mod resolver;
 mod run;
 pub mod snapshot;
 pub mod sources;

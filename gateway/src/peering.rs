@@ -208,14 +208,17 @@ async fn connect_any(gateway: &Gateway, addresses: &[String], sha256: [u8; 32]) 
 }
 
 async fn connect(gateway: &Gateway, address: &str, sha256: [u8; 32]) -> Result<Connection, String> {
-    let resolved = tokio::net::lookup_host(address).await.map_err(|error| error.to_string())?;
+    let resolved = match address.parse() {
+        Ok(address) => vec![address],
+        Err(_) => gateway.resolver.lookup(address).await?.addresses,
+    };
     let expectation = ServerExpectation::PinnedRoot { sha256, role: Role::Gateway };
     let tls = tls::client_config(&gateway.svid, &gateway.trust, expectation, &[ALPN_PEERING]);
     let settings = &gateway.settings;
     let transport = endpoint::transport(settings.congestion, &settings.limits);
     let config = endpoint::client_config(tls, transport).map_err(|error| error.to_string())?;
     let mut last = "the name has no address".to_owned();
-    for address in resolved.take(4) {
+    for address in resolved.into_iter().take(4) {
         let connecting = gateway.endpoint.connect_with(config.clone(), address, "gateway.tombolo");
         match connecting.map_err(|error| error.to_string())?.await {
             Ok(connection) => return Ok(connection),

@@ -50,34 +50,42 @@ fn tunnels(gateway: &Gateway) -> Vec<TunnelReport> {
     let tunnels = gateway.registry.all();
     let linked: BTreeSet<_> =
         tunnels.iter().map(|tunnel| (tunnel.remote.cluster.clone(), tunnel.remote.gateway.clone())).collect();
-    let up = tunnels.iter().map(|tunnel| TunnelReport {
-        cluster: tunnel.remote.cluster.clone(),
-        reach: Some(if tunnel.is_remote_draining() { Reach::Suspect } else { tunnel.reach() }),
-        rtt: tunnel.rtt(),
-        remote_address: tunnel.remote_address().to_string(),
-        dialled_here: tunnel.dialled_here,
-        legs: tunnel.legs(),
-        last_error: String::new(),
-        remote_gateway: Some(tunnel.remote.gateway.clone()),
+    let dials = gateway.dials.lock().expect("nothing panics while it notes a dial").clone();
+    let up = tunnels.iter().map(|tunnel| {
+        let remote = &tunnel.remote;
+        // A tunnel stands while another one is dialled at the gateway's new address.
+        let dial = dials.get(&(remote.cluster.clone(), remote.gateway.clone())).filter(|_| tunnel.dialled_here);
+        let dial = dial.cloned().unwrap_or_default();
+        TunnelReport {
+            cluster: remote.cluster.clone(),
+            reach: Some(if tunnel.is_remote_draining() { Reach::Suspect } else { tunnel.reach() }),
+            rtt: tunnel.rtt(),
+            remote_address: tunnel.remote_address().to_string(),
+            dialled_here: tunnel.dialled_here,
+            legs: tunnel.legs(),
+            last_error: dial.error.unwrap_or_default(),
+            remote_gateway: Some(remote.gateway.clone()),
+            addresses: dial.addresses,
+        }
     });
-    let errors = gateway.dial_errors.lock().expect("nothing panics while it notes a dial's error").clone();
     let snapshot = gateway.snapshot();
     let is_linked = |cluster: &ClusterId, remote: &GatewayId| match remote.is_declared() {
         true => linked.iter().any(|(linked, _)| linked == cluster),
         false => linked.contains(&(cluster.clone(), remote.clone())),
     };
-    let failing = errors
-        .into_iter()
-        .filter(|((cluster, remote), _)| snapshot.peers.contains_key(cluster) && !is_linked(cluster, remote));
-    let down = failing.map(|((cluster, remote), last_error)| TunnelReport {
-        cluster,
+    let failing = dials.iter().filter(|((cluster, remote), dial)| {
+        dial.error.is_some() && snapshot.peers.contains_key(cluster) && !is_linked(cluster, remote)
+    });
+    let down = failing.map(|((cluster, remote), dial)| TunnelReport {
+        cluster: cluster.clone(),
         reach: Some(Reach::Dead),
         rtt: Duration::ZERO,
         remote_address: String::new(),
         dialled_here: true,
         legs: 0,
-        last_error,
-        remote_gateway: Some(remote),
+        last_error: dial.error.clone().unwrap_or_default(),
+        remote_gateway: Some(remote.clone()),
+        addresses: dial.addresses.clone(),
     });
     up.chain(down).collect()
 }
@@ -95,6 +103,7 @@ pub fn state(gateway: &Gateway, federation: &LinkStatus) -> Value {
             "dialledHere": tunnel.dialled_here,
             "legs": tunnel.legs,
             "lastError": tunnel.last_error,
+            "resolved": tunnel.addresses,
         })
     });
     let deliveries = snapshot.deliveries.iter().map(|((service, port), delivery)| {

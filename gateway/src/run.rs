@@ -198,6 +198,7 @@ async fn start(
             limits: config.limits.clone(),
             congestion: config.congestion,
             proxy_sources: config.proxy_sources.clone(),
+            resolvers: config.resolvers.clone(),
             liveness: LivenessConfig::default(),
         },
         snapshot,

@@ -436,6 +436,7 @@ async fn a_gateway_gets_its_snapshot_and_relays_peerings() {
         legs: 1,
         last_error: String::new(),
         remote_gateway: None,
+        addresses: Vec::new(),
     };
     discovery.report_tunnels(vec![report]);
     let (mut hello, mut answer, mut up) = (false, false, false);

@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use anyhow::{Context as _, bail};
 use serde_json::json;
 use tombolo_api::proto::operator::{
-    InvitationRow, PeerAcceptRequest, PeerInviteRequest, PeerListRequest, PeerRemoveRequest, PeerRow,
+    InvitationRow, PeerAcceptRequest, PeerInviteRequest, PeerListRequest, PeerRemoveRequest, PeerRow, TunnelRow,
 };
 use tombolo_core::model::ServiceSelector;
 
@@ -157,10 +157,8 @@ pub fn print_peers(peers: &[PeerRow]) {
 fn peer_cells(peer: &PeerRow) -> Vec<String> {
     let best = peer.tunnels.iter().find(|tunnel| tunnel.reach == "up").or(peer.tunnels.first());
     let (reach, rtt) = match best {
-        Some(tunnel) if tunnel.reach == "up" => (tunnel.reach.clone(), table::millis(tunnel.rtt_us)),
-        Some(tunnel) if !tunnel.last_error.is_empty() => {
-            (format!("{} ({})", tunnel.reach, tunnel.last_error), "-".into())
-        }
+        Some(tunnel) if tunnel.reach == "up" => (with_error(tunnel), table::millis(tunnel.rtt_us)),
+        Some(tunnel) if !tunnel.last_error.is_empty() => (with_error(tunnel), "-".into()),
         Some(tunnel) => (tunnel.reach.clone(), "-".into()),
         None => ("none".into(), "-".into()),
     };
@@ -174,6 +172,14 @@ fn peer_cells(peer: &PeerRow) -> Vec<String> {
         table::list(&peer.imports),
         peer.trust_domain.clone(),
     ]
+}
+
+/// A tunnel that is up has an error while another one is dialled where its gateway moved to.
+fn with_error(tunnel: &TunnelRow) -> String {
+    match tunnel.last_error.as_str() {
+        "" => tunnel.reach.clone(),
+        error => format!("{} ({error})", tunnel.reach),
+    }
 }
 
 fn print_invitations(invitations: &[InvitationRow]) {
@@ -199,6 +205,7 @@ pub fn peer_json(peer: &PeerRow) -> serde_json::Value {
                 "dialledHere": tunnel.dialled_here,
                 "legs": tunnel.legs,
                 "lastError": tunnel.last_error,
+                "resolved": tunnel.resolved,
             })
         })
         .collect();

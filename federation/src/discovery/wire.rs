@@ -21,6 +21,8 @@ use crate::sync::wire::gateway_to_wire;
 const ADDRESS_LEN_MAX: usize = 262;
 /// Characters of a tunnel's last error.
 const ERROR_LEN_MAX: usize = 500;
+/// Addresses of one gateway that are kept.
+const RESOLVED_MAX: usize = 64;
 /// Trust domains whose bundles may be reported at once.
 const BUNDLES_MAX: usize = 1024;
 
@@ -176,6 +178,7 @@ pub(crate) fn tunnel(wire: proto::TunnelState) -> Result<TunnelView, InvalidMess
         dialled_here: wire.dialled_here,
         legs: wire.legs,
         last_error: wire.last_error.chars().take(ERROR_LEN_MAX).collect(),
+        resolved: wire.resolved.iter().take(RESOLVED_MAX).filter_map(|address| address.parse().ok()).collect(),
     })
 }
 

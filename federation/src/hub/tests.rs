@@ -90,6 +90,7 @@ impl Subject {
             dialled_here: true,
             legs: 0,
             last_error: String::new(),
+            resolved: Vec::new(),
         };
         self.input(Input::Tunnels(SessionId(session), vec![tunnel]));
     }

@@ -1,6 +1,7 @@
 //! The immutable readings that the hub publishes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -47,6 +48,8 @@ pub struct TunnelView {
     pub dialled_here: bool,
     pub legs: u32,
     pub last_error: String,
+    /// What the far gateway's names resolved to, where ours dials.
+    pub resolved: Vec<SocketAddr>,
 }
 
 /// A gateway of this cluster.

@@ -92,6 +92,7 @@ fn tunnel(gateway: &GatewayId, tunnel: &TunnelView) -> TunnelRow {
         dialled_here: tunnel.dialled_here,
         legs: tunnel.legs,
         last_error: tunnel.last_error.clone(),
+        resolved: tunnel.resolved.iter().map(ToString::to_string).collect(),
     }
 }
 

@@ -85,6 +85,7 @@ fn tunnel_to_wire(tunnel: &TunnelView) -> proto::TunnelState {
         legs: tunnel.legs,
         last_error: tunnel.last_error.clone(),
         remote_gateway_id: tunnel.remote_gateway.as_ref().map(ToString::to_string).unwrap_or_default(),
+        resolved: tunnel.resolved.iter().map(ToString::to_string).collect(),
     }
 }
 

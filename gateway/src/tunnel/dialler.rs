@@ -1,28 +1,29 @@
 //! Holds a tunnel with every gateway of every peer that can be dialled: one task for each.
 //!
 //! A gateway is dialled while no usable tunnel with it exists, whoever had dialled that one. A tunnel that
-//! was dialled here is renewed when the SVID of either end has been: the new one is up before the old one
-//! loses its place.
+//! was dialled here is renewed when the SVID of either end has been, and moved when the names of that gateway
+//! have other addresses (`tombolo_core::resolution`): the new one is up before the old one loses its place.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::UnixTime;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tombolo_core::backoff::Backoff;
 use tombolo_core::door::ALPN_TUNNEL;
 use tombolo_core::id::{ClusterId, GatewayId, Role, TrustDomain};
+use tombolo_core::resolution::{AddressBook, Decision};
 use tombolo_trust::tls::{self, ServerExpectation};
 
 use super::connection::Tunnel;
 use super::control::ControlStream;
 use super::doorway::{self, Dialled};
 use super::{close_refused, endpoint, refusal_of};
-use crate::gateway::Gateway;
+use crate::gateway::{Gateway, LastDial};
 use crate::meters::Peer;
 
 /// How long one address may take until both hellos are said.
@@ -42,7 +43,7 @@ struct Destination {
     cluster: ClusterId,
     trust_domain: TrustDomain,
     gateway: GatewayId,
-    /// host:port; names are resolved at each dial.
+    /// host:port
     addresses: Vec<String>,
 }
 
@@ -54,6 +55,7 @@ pub async fn dial_all(gateway: Arc<Gateway>) {
         let wanted = destinations(&gateway);
         // Dropping a task's set ends it.
         tasks.retain(|key, (destination, _)| wanted.get(key) == Some(destination));
+        gateway.dials.lock().expect("nothing panics while it notes a dial").retain(|key, _| wanted.contains_key(key));
         for (key, destination) in wanted {
             tasks.entry(key).or_insert_with(|| {
                 let mut task = JoinSet::new();
@@ -87,58 +89,115 @@ fn destinations(gateway: &Gateway) -> BTreeMap<(ClusterId, GatewayId), Destinati
     wanted
 }
 
-async fn hold(gateway: Arc<Gateway>, destination: Destination) {
-    let mut backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_LONGEST);
-    let mut changed = gateway.registry.subscribe();
-    let mut svid = gateway.svid.subscribe();
-    loop {
-        wait_until_needed(&gateway, &destination, &mut changed, &mut svid).await;
-        // Whatever is renewed from here on calls for another dial.
-        svid.borrow_and_update();
-        match dial_any(&gateway, &destination).await {
-            Ok(()) => {
-                backoff.reset();
-                set_error(&gateway, &destination, None);
+/// What the dialling task of one gateway shares with the one that looks its names up.
+struct Names {
+    book: watch::Sender<AddressBook>,
+    /// Rung when no address answered.
+    unanswered: Notify,
+}
+
+impl Names {
+    /// Looks up whatever is due, for as long as it is polled.
+    async fn follow(&self, gateway: &Gateway) {
+        loop {
+            let now = Instant::now();
+            let due = self.book.borrow().due(now);
+            for name in due {
+                let answer = gateway.resolver.lookup(&name).await;
+                if let Err(error) = &answer {
+                    tracing::info!(name, error, "a gateway's name does not resolve");
+                }
+                self.book.send_if_modified(|book| book.handle_answer(&name, answer, Instant::now()));
             }
-            Err(reason) => {
-                tracing::info!(peer = %destination.cluster, gateway = %destination.gateway, reason, "dialling failed");
-                let peer = Peer { peer: destination.cluster.to_string() };
-                gateway.meters.dials_failed.get_or_create(&peer).inc();
-                set_error(&gateway, &destination, Some(reason));
-                tokio::time::sleep(backoff.next_wait(rand::random())).await;
+            let due = self.book.borrow().poll_timeout();
+            tokio::select! {
+                () = tokio::time::sleep_until(due.unwrap_or(now).into()), if due.is_some() => {}
+                () = self.unanswered.notified() => {
+                    self.book.send_if_modified(|book| {
+                        book.handle_dial_failed(Instant::now());
+                        false
+                    });
+                }
             }
         }
     }
 }
 
-fn set_error(gateway: &Gateway, destination: &Destination, error: Option<String>) {
-    let mut errors = gateway.dial_errors.lock().expect("nothing panics while it notes a dial's error");
-    let key = (destination.cluster.clone(), destination.gateway.clone());
-    match error {
-        Some(error) => errors.insert(key, error),
-        None => errors.remove(&key),
-    };
+async fn hold(gateway: Arc<Gateway>, destination: Destination) {
+    let book = AddressBook::new(destination.addresses.iter().map(String::as_str), Instant::now());
+    let names = Names { book: watch::Sender::new(book), unanswered: Notify::new() };
+    tokio::join!(names.follow(&gateway), keep_dialled(&gateway, &destination, &names));
 }
 
-/// Waits while a usable tunnel is there that needs no renewal yet.
-async fn wait_until_needed(
-    gateway: &Gateway,
-    destination: &Destination,
-    changed: &mut watch::Receiver<u64>,
-    svid: &mut watch::Receiver<u64>,
-) {
+async fn keep_dialled(gateway: &Arc<Gateway>, destination: &Destination, names: &Names) {
+    let mut backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_LONGEST);
+    let mut wakes = Wakes {
+        tunnels: gateway.registry.subscribe(),
+        svid: gateway.svid.subscribe(),
+        addresses: names.book.subscribe(),
+    };
     loop {
-        changed.borrow_and_update();
+        wait_until_needed(gateway, destination, names, &mut wakes).await;
+        // Whatever is renewed or found out from here on calls for another dial.
+        wakes.svid.borrow_and_update();
+        wakes.addresses.borrow_and_update();
+        match dial_any(gateway, destination, names).await {
+            Ok(()) => {
+                backoff.reset();
+                note(gateway, destination, names, None);
+            }
+            Err(reason) => {
+                tracing::info!(peer = %destination.cluster, gateway = %destination.gateway, reason, "dialling failed");
+                let peer = Peer { peer: destination.cluster.to_string() };
+                gateway.meters.dials_failed.get_or_create(&peer).inc();
+                names.unanswered.notify_one();
+                note(gateway, destination, names, Some(reason));
+                tokio::select! {
+                    () = tokio::time::sleep(backoff.next_wait(rand::random())) => {}
+                    _ = wakes.addresses.changed() => {}
+                }
+            }
+        }
+    }
+}
+
+/// Notes where the last dial went, and why it failed.
+fn note(gateway: &Gateway, destination: &Destination, names: &Names, error: Option<String>) {
+    let dial = LastDial { addresses: names.book.borrow().addresses(), error };
+    let mut dials = gateway.dials.lock().expect("nothing panics while it notes a dial");
+    dials.insert((destination.cluster.clone(), destination.gateway.clone()), dial);
+}
+
+/// What may call for a dial.
+struct Wakes {
+    tunnels: watch::Receiver<u64>,
+    svid: watch::Receiver<u64>,
+    addresses: watch::Receiver<AddressBook>,
+}
+
+/// Waits while a usable tunnel is there that needs no renewal yet, and that is where it should be.
+async fn wait_until_needed(gateway: &Gateway, destination: &Destination, names: &Names, wakes: &mut Wakes) {
+    loop {
+        wakes.tunnels.borrow_and_update();
         let tunnel = match destination.gateway.is_declared() {
             // With a tunnel to any gateway the peer says what others it has.
             true => gateway.registry.usable_with_any(&destination.cluster),
             false => gateway.registry.usable(&destination.cluster, &destination.gateway),
         };
         let Some(tunnel) = tunnel else { return };
+        let may_move = tunnel.dialled_here && !destination.gateway.is_declared();
+        let decision = wakes.addresses.borrow_and_update().decide(Some(tunnel.remote_address()));
+        if may_move && decision != Decision::Keep {
+            tracing::info!(peer = %destination.cluster, gateway = %destination.gateway,
+                from = %tunnel.remote_address(), "the gateway has other addresses now");
+            return;
+        }
+        note(gateway, destination, names, None);
         let renewal = if tunnel.dialled_here { Some(renewal_in(&tunnel)) } else { None };
         tokio::select! {
-            _ = changed.changed() => {}
-            Ok(()) = svid.changed(), if tunnel.dialled_here => {
+            _ = wakes.tunnels.changed() => {}
+            _ = wakes.addresses.changed() => {}
+            Ok(()) = wakes.svid.changed(), if tunnel.dialled_here => {
                 // All gateways of a cluster need not renew all their tunnels in the same instant.
                 tokio::time::sleep(RENEWAL_SPREAD.mul_f64(rand::random())).await;
                 return;
@@ -159,25 +218,26 @@ fn renewal_in(tunnel: &Tunnel) -> Duration {
     renewed_by.max(again_at).saturating_sub(now).max(Duration::from_millis(500))
 }
 
-async fn dial_any(gateway: &Arc<Gateway>, destination: &Destination) -> Result<(), String> {
-    let mut last = "it advertises no address".to_owned();
-    for address in &destination.addresses {
-        let resolved = match tokio::net::lookup_host(address).await {
-            Ok(resolved) => resolved.take(ADDRESSES_MAX).collect::<Vec<_>>(),
-            Err(error) => {
-                last = format!("{address} does not resolve: {error}");
-                continue;
+async fn dial_any(gateway: &Arc<Gateway>, destination: &Destination, names: &Names) -> Result<(), String> {
+    // Names that were never looked up are waited for; the look-up has a time limit of its own.
+    let mut book = names.book.subscribe();
+    let known = book.wait_for(|book| book.is_answered() || !book.addresses().is_empty()).await;
+    let known = known.expect("the sender is held by the caller").clone();
+    let Decision::Dial(addresses) = known.decide(None) else { unreachable!("there is no tunnel that could be kept") };
+    let mut last = known.error().unwrap_or_else(|| "it advertises no address".to_owned());
+    for address in addresses {
+        match timeout(DIAL_TIMEOUT, dial(gateway, destination, address)).await {
+            Ok(Ok(())) => {
+                names.book.send_if_modified(|book| {
+                    book.handle_dialled(address);
+                    false
+                });
+                return Ok(());
             }
-        };
-        for resolved in resolved {
-            match timeout(DIAL_TIMEOUT, dial(gateway, destination, resolved)).await {
-                Ok(Ok(())) => return Ok(()),
-                Ok(Err(reason)) => last = format!("{resolved}: {reason}"),
-                Err(_) => {
-                    last = format!(
-                        "{resolved} does not answer within {DIAL_TIMEOUT:?}; maybe a firewall drops UDP on the way"
-                    );
-                }
+            Ok(Err(reason)) => last = format!("{address}: {reason}"),
+            Err(_) => {
+                last =
+                    format!("{address} does not answer within {DIAL_TIMEOUT:?}; maybe a firewall drops UDP on the way");
             }
         }
     }

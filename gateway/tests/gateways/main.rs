@@ -4,6 +4,7 @@
 mod door;
 mod legs;
 mod links;
+mod names;
 mod peering;
 mod process;
 mod support;

@@ -118,6 +118,7 @@ pub struct NodeOptions {
     pub liveness: LivenessConfig,
     pub tracer: Tracer,
     pub congestion: Congestion,
+    pub resolvers: Vec<SocketAddr>,
 }
 
 impl Default for NodeOptions {
@@ -130,6 +131,7 @@ impl Default for NodeOptions {
             liveness: LivenessConfig::default(),
             tracer: Tracer::Off,
             congestion: Congestion::default(),
+            resolvers: Vec::new(),
         }
     }
 }
@@ -171,6 +173,7 @@ impl Node {
                 limits: options.limits,
                 congestion: options.congestion,
                 proxy_sources: vec!["127.0.0.0/8".parse().unwrap()],
+                resolvers: options.resolvers,
                 liveness: options.liveness,
             },
             snapshot: snapshot.clone(),
@@ -191,8 +194,8 @@ impl Node {
         &self.running.gateway
     }
 
-    /// Tells this gateway of one address for a gateway of a peer.
-    pub fn dials_at(&mut self, peer: &Cluster, gateway: &str, address: SocketAddr) {
+    /// Tells this gateway of one address, or `host:port`, for a gateway of a peer.
+    pub fn dials_at(&mut self, peer: &Cluster, gateway: &str, address: impl ToString) {
         let gateways = vec![GatewayAddress { gateway: gateway.parse().unwrap(), address: address.to_string() }];
         self.snapshot.peers.insert(peer.id.clone(), PeerLink { gateways, ..peer.link(&[]) });
         self.gateway().set_snapshot(self.snapshot.clone());
@@ -322,7 +325,11 @@ pub struct Path {
 
 impl Path {
     pub async fn to(server: SocketAddr) -> Self {
-        let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        Self::at("127.0.0.1:0".parse().unwrap(), server).await
+    }
+
+    pub async fn at(address: SocketAddr, server: SocketAddr) -> Self {
+        let socket = Arc::new(UdpSocket::bind(address).await.unwrap());
         let (address, open) = (socket.local_addr().unwrap(), Arc::new(AtomicBool::new(true)));
         let forwarding = tokio::spawn(forward(socket, server, open.clone()));
         Self { address, open, forwarding }

@@ -175,6 +175,8 @@ pub struct TunnelReport {
     pub legs: u32,
     pub last_error: String,
     pub remote_gateway: Option<GatewayId>,
+    /// What the far gateway's names resolved to, where this side dials.
+    pub addresses: Vec<std::net::SocketAddr>,
 }
 
 /// What federation has a gateway do for a peering, whose secrets the gateway never holds.
@@ -386,6 +388,7 @@ pub(super) fn tunnels_to_wire(tunnels: &[TunnelReport]) -> wire::TunnelStates {
         legs: tunnel.legs,
         last_error: tunnel.last_error.clone(),
         remote_gateway_id: tunnel.remote_gateway.as_ref().map(ToString::to_string).unwrap_or_default(),
+        resolved: tunnel.addresses.iter().map(ToString::to_string).collect(),
     });
     wire::TunnelStates { tunnels: tunnels.collect() }
 }
