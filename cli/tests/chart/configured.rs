@@ -1,4 +1,4 @@
-//! The configurations that the chart renders for gateways are ones that the program takes.
+//! The configurations that the chart renders are ones that the program takes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -45,15 +45,13 @@ fn place(deployment: &Value, configs: &BTreeMap<&str, &serde_json::Map<String, V
 }
 
 #[tokio::test]
-async fn the_program_takes_every_configuration_of_a_gateway() {
+async fn the_program_takes_every_configuration() {
     let Some(program) = program() else { return };
     for (case, values) in cases() {
         let objects = objects(&render(&program, NAMESPACE, &values));
         let configs = files(&objects);
-        // The federation's says `store: kubernetes`, which is not read yet.
-        let checked = |object: &&Value| object["kind"] == "Deployment" && name(object) == "tombolo-gateway";
-        let deployments: Vec<&Value> = objects.iter().filter(checked).collect();
-        assert_eq!(deployments.len(), 1, "{case}");
+        let deployments: Vec<&Value> = objects.iter().filter(|object| object["kind"] == "Deployment").collect();
+        assert_eq!(deployments.len(), 2, "{case}");
         for deployment in deployments {
             let folder = tempfile::tempdir().unwrap();
             let mut arguments = place(deployment, &configs, folder.path());
