@@ -6,10 +6,10 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde_json::json;
 use tempfile::TempDir;
+use tombolo_kind_tests::client::Target;
 
 use crate::Options;
 use crate::apps::App;
-use crate::client::Target;
 use crate::compare::{
     BULK, BULK_BYTES, Better, CONNECTIONS, CPU, FRESH, MIDDLE, Measured, RATE, Ratio, System, TAIL, WORKERS, bars,
     interleaved, throughput,

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use tombolo_kind_tests::client::{Connection, Target};
 
-use crate::client::{Connection, Target};
 use crate::envoy::Envoys;
 use crate::host::{ForeignLoad, cpu_seconds};
 use crate::load::{self, Mode, bulk, closed};

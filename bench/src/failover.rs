@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use nix::sys::signal::Signal;
 use serde_json::json;
+use tombolo_kind_tests::client::Target;
+use tombolo_kind_tests::open_loop::{Load, Sample};
 
 use crate::Options;
 use crate::apps::App;
-use crate::client::Target;
 use crate::compare::first_answer;
 use crate::load::percentile;
 use crate::mesh::{self, Mesh, Setup};
-use crate::open_loop::{Load, Sample};
 use crate::report::{Bar, Figures, Report, Series, Want};
 
 const RATE: u32 = 200;
@@ -86,7 +86,7 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         let load = Load::start(target.clone(), RATE, CONNECTIONS, DEADLINE);
         let outcomes = faults(fault, options.faults.unwrap_or(FAULTS), &mut local, &load).await;
         let outcomes = outcomes.with_context(|| fault.name().to_owned())?;
-        let failed_between = load.stop().await.iter().filter(|sample| !sample.ok()).count();
+        let failed_between = load.stop().await.iter().filter(|sample| !sample.is_ok()).count();
         let failed: usize = outcomes.iter().map(|outcome| outcome.failed).sum();
         let failed_between = failed_between - failed;
         record(figures.entry(fault.name().to_owned()).or_default(), &outcomes, failed_between);
@@ -161,12 +161,12 @@ fn judge(samples: &[Sample], fault: Instant, until: Instant) -> Outcome {
     // In flight at the fault counts too: such a request meets it like a new one.
     let met = samples.iter().filter(|sample| sample.done >= fault && sample.due < until);
     let met: Vec<&Sample> = met.collect();
-    let noticed = |sample: &&&Sample| !sample.ok() || sample.latency() > PROMPT;
+    let noticed = |sample: &&&Sample| !sample.is_ok() || sample.latency() > PROMPT;
     let remote = met.iter().filter(|sample| sample.app.as_deref() == Some(REMOTE));
     Outcome {
         requests: met.len(),
-        failed: met.iter().filter(|sample| !sample.ok()).count(),
-        slow: met.iter().filter(|sample| sample.ok() && sample.latency() > PROMPT).count(),
+        failed: met.iter().filter(|sample| !sample.is_ok()).count(),
+        slow: met.iter().filter(|sample| sample.is_ok() && sample.latency() > PROMPT).count(),
         settled_ms: met
             .iter()
             .filter(noticed)

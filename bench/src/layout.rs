@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
+use tombolo_kind_tests::client::{Connection, Target};
 
 use crate::apps::App;
-use crate::client::{Connection, Target};
 use crate::compare::first_answer;
 use crate::mesh::{self, Mesh, Setup};
 

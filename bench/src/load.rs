@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use tokio::task::JoinSet;
 
-use crate::client::{Connection, Target};
+use tombolo_kind_tests::client::{Connection, Target};
 
 /// What a closed loop measured, without its warm-up.
 #[derive(Debug, Clone, Default)]

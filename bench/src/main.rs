@@ -3,7 +3,6 @@
 mod app;
 mod apps;
 mod chain;
-mod client;
 mod compare;
 mod demo;
 mod envoy;
@@ -13,7 +12,6 @@ mod layout;
 mod load;
 mod memory;
 mod mesh;
-mod open_loop;
 mod pair;
 mod report;
 mod stall;

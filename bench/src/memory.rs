@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use serde_json::json;
+use tombolo_kind_tests::client::{Connection, Target};
 
 use crate::Options;
 use crate::apps::App;
-use crate::client::{Connection, Target};
 use crate::compare::first_answer;
 use crate::envoy::{Chain, Envoys};
 use crate::host::resident_mb;

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use serde_json::json;
 use tempfile::TempDir;
+use tombolo_kind_tests::client::Target;
+use tombolo_kind_tests::open_loop::Load;
 use tombolo_testbed::{Binary, Cluster, Jaeger};
 
 use crate::Options;
 use crate::apps::App;
-use crate::client::Target;
 use crate::compare::{
     BULK, BULK_BYTES, Better, CONNECTIONS, CPU, FRESH, Measured, RATE, Ratio, System, TAIL, WORKERS, bars,
     better_envoy, interleaved, throughput,
@@ -20,11 +21,14 @@ use crate::compare::{
 use crate::envoy::{Chain, Envoys};
 use crate::load::percentile;
 use crate::mesh::{self, CALLER, HTTP_PORT, SERVER, TCP_PORT, pid, start_caller, start_server};
-use crate::open_loop::Load;
 use crate::report::{Figures, Report};
 
 /// Of Envoy's most requests a second, as many as a service that is busy but healthy has.
 const BUSY: f64 = 0.6;
+/// Whose traces are looked for, and how many there are at least: a hundredth of thousands of requests.
+const TRACED: [&str; 3] = ["tombolo-sidecar", "client-sidecar", "server-sidecar"];
+const TRACES_MIN: usize = 10;
+const TRACES_WITHIN: Duration = Duration::from_secs(30);
 /// Late is failed.
 const DEADLINE: Duration = Duration::from_secs(2);
 
@@ -37,6 +41,9 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
     for part in [Part::Opaque, Part::Http { otlp: jaeger.otlp }] {
         if options.only.as_ref().is_none_or(|only| only == part.letter()) {
             measure_part(options, part, &app, &folder, &mut figures).await?;
+            if part != Part::Opaque {
+                traced(&jaeger, options.tombolo.is_some()).await?;
+            }
         }
     }
     let method = json!({
@@ -113,6 +120,26 @@ async fn measure_part(
     Ok(())
 }
 
+/// What is measured with traces on is worth nothing if none arrives.
+async fn traced(jaeger: &Jaeger, with_tombolo: bool) -> anyhow::Result<()> {
+    for service in TRACED.into_iter().filter(|service| with_tombolo || !service.starts_with("tombolo")) {
+        let deadline = Instant::now() + TRACES_WITHIN;
+        loop {
+            let traces = jaeger.traces(service).await?;
+            if traces >= TRACES_MIN {
+                eprintln!("(b) {traces} traces or more of {service} arrived");
+                break;
+            }
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "{traces} traces of {service} arrived, of many thousand requests"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    Ok(())
+}
+
 async fn start(
     binary: &Path,
     folder: &Path,
@@ -171,7 +198,7 @@ async fn busy(rate: u32, duration: Duration, system: &System) -> anyhow::Result<
     let began = Instant::now();
     tokio::time::sleep(duration).await;
     let samples: Vec<_> = load.stop().await.into_iter().filter(|sample| sample.due >= began).collect();
-    let failed = samples.iter().filter(|sample| !sample.ok()).count();
+    let failed = samples.iter().filter(|sample| !sample.is_ok()).count();
     let mut micros: Vec<u32> =
         samples.iter().map(|sample| u32::try_from(sample.latency().as_micros()).unwrap_or(u32::MAX)).collect();
     micros.sort_unstable();

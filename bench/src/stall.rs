@@ -6,10 +6,10 @@ use anyhow::Context as _;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+use tombolo_kind_tests::client::Target;
 
 use crate::Options;
 use crate::apps::App;
-use crate::client::Target;
 use crate::compare::first_answer;
 use crate::host::{ForeignLoad, resident_mb};
 use crate::load::paced;

@@ -4,11 +4,8 @@
 
 mod support;
 
-use std::net::SocketAddr;
-
 use serde_json::{Value, json};
 use support::{World, app, curl, curl_until, link, serve, skip, start_caller, tools, until};
-use tokio::process::Command;
 use tombolo_testbed::Jaeger;
 
 async fn jaeger(directory: &std::path::Path) -> Option<Jaeger> {
@@ -18,19 +15,14 @@ async fn jaeger(directory: &std::path::Path) -> Option<Jaeger> {
         return None;
     }
     let jaeger = Jaeger::start(&binary, directory).await.unwrap();
-    until("Jaeger to answer", async || ask(jaeger.query, "/api/services").await).await;
+    until("Jaeger to answer", async || jaeger.get("/api/services").await.ok()).await;
     Some(jaeger)
 }
 
-async fn ask(query: SocketAddr, path: &str) -> Option<Value> {
-    let output = Command::new("curl").args(["-sf", &format!("http://{query}{path}")]).output().await.ok()?;
-    serde_json::from_slice(&output.stdout).ok()
-}
-
 /// The spans of one trace, once `complete` finds all that it looks for in them.
-async fn trace(query: SocketAddr, id: &str, complete: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+async fn trace(jaeger: &Jaeger, id: &str, complete: impl Fn(&[Value]) -> bool) -> Vec<Value> {
     until(&format!("trace {id} to be whole"), async || {
-        let answer = ask(query, &format!("/api/traces/{id}")).await?;
+        let answer = jaeger.get(&format!("/api/traces/{id}")).await.ok()?;
         let spans = answer["data"][0]["spans"].as_array()?.clone();
         complete(&spans).then_some(spans)
     })
@@ -67,10 +59,9 @@ async fn two_requests_over_one_warm_leg_are_two_whole_traces() {
         let parent = format!("traceparent: 00-{trace_id}-b7ad6b7169203331-01");
         let answer = curl(proxy, &["-H", &parent, url]).await;
         assert_eq!(answer.status, 200, "{answer:?}");
-        let spans = trace(jaeger.query, trace_id, |spans| {
-            of_kind(spans, "client").is_some() && of_kind(spans, "server").is_some()
-        })
-        .await;
+        let spans =
+            trace(&jaeger, trace_id, |spans| of_kind(spans, "client").is_some() && of_kind(spans, "server").is_some())
+                .await;
         let (client, server) = (of_kind(&spans, "client").unwrap(), of_kind(&spans, "server").unwrap());
         assert_eq!(
             server["references"][0]["spanID"], client["spanID"],

@@ -1,9 +1,12 @@
-//! Links that behave badly, and clusters that fail: what the tests and benches of failover are built on.
+//! Links that behave badly, clusters that fail, and the load that meets them: what the tests and benches of failover
+//! are built on.
 //!
-//! Everything here needs root, `ip` and `/dev/net/tun`, and stays within network namespaces that it makes
-//! itself.
+//! [`wan`] and [`chaos`] need root, `ip` and `/dev/net/tun`, and stay within network namespaces that they make
+//! themselves. [`client`] and [`open_loop`] need nothing.
 
 pub mod chaos;
+pub mod client;
+pub mod open_loop;
 pub mod wan;
 
 use std::fs::File;

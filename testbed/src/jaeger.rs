@@ -7,7 +7,10 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use serde_json::Value;
 use tokio::process::{Child, Command};
+
+use crate::http;
 
 const START_TIME_MAX: Duration = Duration::from_secs(30);
 
@@ -52,6 +55,19 @@ impl Jaeger {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(Self { otlp, query, _process: process })
+    }
+}
+
+impl Jaeger {
+    /// Traces that hold a span of `service`, of the last hour and at most 1,000.
+    pub async fn traces(&self, service: &str) -> anyhow::Result<usize> {
+        let answer = self.get(&format!("/api/traces?service={service}&limit=1000&lookback=1h")).await?;
+        Ok(answer["data"].as_array().with_context(|| format!("Jaeger's answer: {answer}"))?.len())
+    }
+
+    /// What its query API says.
+    pub async fn get(&self, path: &str) -> anyhow::Result<Value> {
+        serde_json::from_str(&http::get(self.query, path).await?).context("Jaeger's answer")
     }
 }
 

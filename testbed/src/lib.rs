@@ -3,6 +3,7 @@
 
 mod cluster;
 pub mod helm;
+pub mod http;
 mod jaeger;
 pub mod kubernetes;
 mod namespace;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
+use hyper::header::HeaderValue;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
@@ -57,6 +58,11 @@ async fn answer(name: &str, request: Request<Incoming>) -> Result<Response<Full<
     };
     let mut body = serde_json::to_vec(&greeting).unwrap_or_default();
     body.push(b'\n');
-    let response = Response::builder().header("content-type", "application/json").body(Full::from(body));
-    Ok(response.expect("a constant valid header"))
+    let mut response = Response::new(Full::from(body));
+    response.headers_mut().insert("content-type", HeaderValue::from_static("application/json"));
+    // For clients that read no bodies.
+    if let Ok(name) = HeaderValue::from_str(name) {
+        response.headers_mut().insert("x-app", name);
+    }
+    Ok(response)
 }

@@ -5,7 +5,6 @@
 //! judged from outside, by what the clients get.
 
 mod fault;
-mod load;
 mod world;
 
 use std::path::PathBuf;
@@ -15,8 +14,10 @@ use anyhow::{Context as _, anyhow, bail};
 use tombolo_testbed::Namespace;
 
 pub use fault::{Blow, FAULTS, Fault, Home, Victim};
-use load::{Load, Sample};
-use world::World;
+use world::{HOST, World};
+
+use crate::client::Target;
+use crate::open_loop::{Load, Sample};
 
 /// Requests a second, whatever becomes of those before, and the connections that carry them.
 pub const RATE: u32 = 200;
@@ -79,7 +80,7 @@ async fn carry_out(
     each: impl Fn(&Outcome),
 ) -> anyhow::Result<Vec<Outcome>> {
     let mut world = World::start(plan, east, west).await?;
-    let load = Load::start(world.proxy, RATE, CONNECTIONS, DEADLINE);
+    let load = Load::start(Target::proxied(world.proxy, HOST), RATE, CONNECTIONS, DEADLINE);
     let mut outcomes = Vec::new();
     steady(&load).await.context("before the first fault")?;
     for fault in &plan.faults {

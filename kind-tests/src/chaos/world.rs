@@ -9,8 +9,9 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tombolo_testbed::{Binary, Cluster, Namespace, Sidecar};
 
+use super::Plan;
 use super::fault::{APP, Blow, CARRIER, GATEWAY, GATEWAY_2, Home, SERVER, Victim};
-use super::{Plan, load};
+use crate::client::{Connection, Target};
 use crate::wan::{End, Side, Wan};
 
 pub const HOST: &str = "web.shop.svc.clusterset.local";
@@ -19,6 +20,9 @@ const WEST_ADDRESS: &str = "10.9.0.2";
 /// One way.
 const DELAY: Duration = Duration::from_millis(2);
 const LINK_TIME_MAX: Duration = Duration::from_secs(30);
+/// Requests of which one should cross, where half of them do.
+const CARRIER_TRIES: usize = 64;
+const CARRIER_TIME_MAX: Duration = Duration::from_secs(5);
 
 pub struct World {
     /// The caller's forward proxy.
@@ -61,7 +65,7 @@ impl World {
     }
 
     pub async fn strike(&mut self, blow: &Blow) -> anyhow::Result<()> {
-        self.carrier = load::carrier(self.proxy).await?;
+        self.carrier = carrier(self.proxy).await?;
         match *blow {
             Blow::Kill(victims) => {
                 for victim in victims {
@@ -133,6 +137,22 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// Which gateway of the caller's cluster carries its requests, as the sidecar explains.
+async fn carrier(proxy: SocketAddr) -> anyhow::Result<String> {
+    let request = Target::proxied(proxy, HOST).request_with("/", "tombolo-explain: 1\r\n");
+    for _ in 0..CARRIER_TRIES {
+        let mut connection = Connection::open(proxy).await?;
+        let answer = tokio::time::timeout(CARRIER_TIME_MAX, connection.exchange(&request)).await??;
+        // As in `east/gw-1 > west/gw`.
+        let path = answer.path.as_deref();
+        let gateway = path.and_then(|path| path.split_once(" > ")?.0.split_once('/').map(|(_, gateway)| gateway));
+        if let Some(gateway) = gateway {
+            return Ok(gateway.to_owned());
+        }
+    }
+    bail!("none of {CARRIER_TRIES} requests crossed to the other cluster")
 }
 
 const SLICE: &str = "\

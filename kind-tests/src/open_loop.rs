@@ -22,15 +22,16 @@ pub struct Sample {
 }
 
 impl Sample {
-    pub fn ok(&self) -> bool {
+    pub fn is_ok(&self) -> bool {
         self.app.is_some()
     }
 
     pub fn latency(&self) -> Duration {
-        self.done - self.due
+        self.done.saturating_duration_since(self.due)
     }
 }
 
+/// Runs until it is stopped or dropped.
 pub struct Load {
     samples: Arc<Mutex<Vec<Sample>>>,
     stop: watch::Sender<bool>,

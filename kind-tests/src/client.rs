@@ -29,7 +29,12 @@ impl Target {
     }
 
     pub fn request(&self, path: &str) -> Vec<u8> {
-        format!("GET {}{path} HTTP/1.1\r\nhost: {}\r\n\r\n", self.prefix, self.host).into_bytes()
+        self.request_with(path, "")
+    }
+
+    /// The same with further header lines, each with its line end.
+    pub fn request_with(&self, path: &str, headers: &str) -> Vec<u8> {
+        format!("GET {}{path} HTTP/1.1\r\nhost: {}\r\n{headers}\r\n", self.prefix, self.host).into_bytes()
     }
 }
 
@@ -54,11 +59,13 @@ async fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
     socket.connect(address).await
 }
 
-/// An answer: its status, and which application gave it.
+/// An answer: its status, which application gave it (`x-app`), and which way it went if that was asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     pub status: u16,
     pub app: Option<String>,
+    /// `tombolo-path`, as in `east/gw-1 > west/gw`.
+    pub path: Option<String>,
     pub keep_alive: bool,
     pub body_length: u64,
 }
@@ -140,8 +147,8 @@ fn parse_head(head: &[u8]) -> anyhow::Result<(Answer, BodyEnd)> {
     let text = std::str::from_utf8(head).context("the answer's head")?;
     let mut lines = text.split("\r\n");
     let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|status| status.parse().ok());
-    let mut answer =
-        Answer { status: status.context("the answer's status")?, app: None, keep_alive: true, body_length: 0 };
+    let status = status.context("the answer's status")?;
+    let mut answer = Answer { status, app: None, path: None, keep_alive: true, body_length: 0 };
     let mut end = BodyEnd::Length(0);
     for line in lines {
         let Some((name, value)) = line.split_once(':') else { continue };
@@ -151,8 +158,58 @@ fn parse_head(head: &[u8]) -> anyhow::Result<(Answer, BodyEnd)> {
             "transfer-encoding" => end = BodyEnd::Chunked,
             "connection" => answer.keep_alive = !value.eq_ignore_ascii_case("close"),
             "x-app" => answer.app = Some(value.to_owned()),
+            "tombolo-path" => answer.path = Some(value.to_owned()),
             _ => {}
         }
     }
     Ok((answer, end))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use tokio::net::TcpListener;
+
+    /// What the client makes of `answers`, sent one octet at a time.
+    async fn exchanged(answers: &'static [u8]) -> Vec<anyhow::Result<Answer>> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serving = tokio::spawn(async move {
+            let (mut tcp, _) = listener.accept().await.unwrap();
+            tcp.set_nodelay(true).unwrap();
+            for octet in answers {
+                tcp.write_all(&[*octet]).await.unwrap();
+            }
+            tcp.shutdown().await.unwrap();
+            // Closed with something unread, it would reset.
+            tcp.read_to_end(&mut Vec::new()).await.unwrap();
+        });
+        let target = Target::proxied(address, "web");
+        let mut connection = Connection::open(address).await.unwrap();
+        let mut got = Vec::new();
+        for _ in 0..2 {
+            got.push(connection.exchange(&target.request("/")).await);
+        }
+        drop(connection);
+        serving.await.unwrap();
+        got
+    }
+
+    #[tokio::test]
+    async fn answers_are_read_to_their_ends() {
+        let by_length = b"HTTP/1.1 200 OK\r\nX-App: east\r\ntombolo-path: east/gw > west/gw\r\n\
+            Content-Length: 3\r\n\r\nabcHTTP/1.1 503 No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+        let got = exchanged(by_length).await;
+        let answer = |status, app: Option<&str>, path: Option<&str>, keep_alive, body_length| {
+            let (app, path) = (app.map(str::to_owned), path.map(str::to_owned));
+            Answer { status, app, path, keep_alive, body_length }
+        };
+        assert_eq!(*got[0].as_ref().unwrap(), answer(200, Some("east"), Some("east/gw > west/gw"), true, 3));
+        assert_eq!(*got[1].as_ref().unwrap(), answer(503, None, None, false, 0));
+        let got =
+            exchanged(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\nHTTP/1.1 2").await;
+        assert_eq!(got[0].as_ref().unwrap().body_length, 2);
+        assert!(got[1].is_err(), "an answer without an end");
+    }
 }
