@@ -132,6 +132,7 @@ impl From<&Export> for catalog::Export {
             ports: export.ports.iter().map(Into::into).collect(),
             server_ids: export.server_ids.iter().map(ToString::to_string).collect(),
             endpoints: export.endpoints.values().map(Into::into).collect(),
+            unmeshed: export.unmeshed,
             routes: export.routes.iter().map(|route| exported_route(route)).collect(),
         }
     }
@@ -175,6 +176,7 @@ impl TryFrom<catalog::Export> for Export {
             ports: wire.ports.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             server_ids: wire.server_ids.iter().map(|id| name("server id", id)).collect::<Result<_, _>>()?,
             endpoints,
+            unmeshed: wire.unmeshed,
             routes: exported_routes(&wire.routes)?,
         })
     }
@@ -257,6 +259,7 @@ mod tests {
                 .into(),
             server_ids: ["spiffe://east/ns/shop/sa/web".parse().unwrap()].into(),
             endpoints: [(endpoint.id.clone(), endpoint)].into(),
+            unmeshed: true,
             routes: vec![Arc::new(route())],
         };
         let wire = catalog::Export::from(&export);

@@ -16,7 +16,7 @@ mod value;
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Namespace, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use schemars::JsonSchema;
@@ -40,6 +40,9 @@ pub const TOMBOLO_GROUP: &str = "tombolo.dev";
 pub const SERVICE_ACCOUNTS_ANNOTATION: &str = "tombolo.dev/service-accounts";
 /// Relative share of the requests for each endpoint of a slice; 1 unless set.
 pub const WEIGHT_ANNOTATION: &str = "tombolo.dev/weight";
+/// On a ServiceExport, or on a Namespace for all exports in it: `allow` lets gateways call it for workloads that have
+/// no sidecar; `deny` is the same as nothing.
+pub const UNMESHED_ANNOTATION: &str = "tombolo.dev/unmeshed";
 /// Which Service an EndpointSlice belongs to (Kubernetes' own label).
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// The namespace of an object that names none.
@@ -111,6 +114,11 @@ pub struct ClusterPeerSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>", regex(pattern = "^(allow|deny)$"))]
     pub default_access: Option<DefaultAccess>,
+    /// `allow` or `deny`: whether the peer's workloads without a sidecar may call what it is offered, through the peer's
+    /// gateways. deny unless set; an export can allow it on its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", regex(pattern = "^(allow|deny)$"))]
+    pub unmeshed: Option<DefaultAccess>,
     /// The peer's roots: makes the peering without an invitation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle: Option<ClusterPeerBundle>,
@@ -149,6 +157,7 @@ fn everything() -> Vec<ServiceSelector> {
 /// One resource of a kind that tombolo reads.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Resource {
+    Namespace(Box<Namespace>),
     Service(Box<Service>),
     EndpointSlice(Box<EndpointSlice>),
     ServiceExport(Box<ServiceExport>),

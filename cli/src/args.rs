@@ -35,6 +35,8 @@ pub enum Command {
     Unexport(ExportCommand),
     /// Show peers, tunnels, services, gateways and sidecars of this cluster
     Status(StatusCommand),
+    /// Look for what is wrong with this cluster, or would be with a role that is to be started; each finding with its fix
+    Check(CheckCommand),
     /// Show which way a request would take now, and why not another one; asks a running sidecar
     Explain(ExplainCommand),
     /// Let a sidecar or gateway join this cluster: add, list, remove join entries
@@ -319,6 +321,36 @@ pub struct ExportCommand {
 
 #[derive(Args)]
 pub struct StatusCommand {
+    #[arg(long, short, value_enum, default_value_t)]
+    pub output: Output,
+
+    #[command(flatten)]
+    pub socket: Socket,
+}
+
+/// Without a role's configuration, the running cluster is looked at.
+#[derive(Args)]
+pub struct CheckCommand {
+    /// Before it runs: the configuration of a federation
+    #[arg(long, value_name = "FILE")]
+    pub federation: Option<PathBuf>,
+
+    /// Before it runs: the configuration of a gateway
+    #[arg(long, value_name = "FILE")]
+    pub gateway: Option<PathBuf>,
+
+    /// Before it runs: the configuration of a sidecar
+    #[arg(long, value_name = "FILE")]
+    pub sidecar: Option<PathBuf>,
+
+    /// Print the CoreDNS configuration that forwards clusterset.local to the federation, and check nothing
+    #[arg(long)]
+    pub fix_dns: bool,
+
+    /// Where CoreDNS reaches the federation's DNS server [default: where that listens]
+    #[arg(long, value_name = "ADDR", requires = "fix_dns")]
+    pub dns_server: Option<SocketAddr>,
+
     #[arg(long, short, value_enum, default_value_t)]
     pub output: Output,
 

@@ -43,6 +43,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Export(command) => operator::export::export(command),
         Command::Unexport(command) => operator::export::unexport(command),
         Command::Status(command) => operator::status::run(command),
+        Command::Check(command) => operator::check::run(command),
         Command::Explain(command) => operator::explain::run(command),
         Command::Join(command) => operator::join::run(command),
         Command::Trust(command) => operator::trust::run(command),

@@ -4,7 +4,7 @@
 //! so that one small table serves both families. An endpoint of a headless service has a number of its own. The
 //! addresses mean something on this cluster's machines only and never leave one: a sidecar turns them into names.
 //!
-//! [`allocation`] hands numbers out, [`mesh`] is what sidecars know of them.
+//! [`allocation`] hands numbers out, [`mesh`] is what sidecars know of them; [`ports`] are numbers of another kind.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub mod allocation;
 pub mod mesh;
+pub mod ports;
 
 /// Numbers that any range can hold.
 const COUNT_MAX: u32 = 1 << 20;

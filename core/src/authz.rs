@@ -32,14 +32,15 @@ pub struct Delivered<'a> {
 ///
 /// # Errors
 /// - `TargetMismatch`: the target is of another cluster; the leg was delivered wrongly.
-/// - `WrongRole`: one of tombolo's own roles calls a workload. Roles carry legs; they never begin one to a workload.
+/// - `WrongRole`: one of tombolo's own roles calls a workload. Roles carry legs; they never begin one to a workload,
+///   but in the name of a workload without a sidecar, which [`authorize_unmeshed`] decides about.
 /// - `UnknownService`, `UnknownPort`: this sidecar does not deliver it (HTTP 421).
 /// - `NotExported`: the service is not exported to the client's cluster.
 pub fn authorize(client: Client<'_>, target: &LegTarget, delivered: Delivered<'_>) -> Result<(), Refusal> {
     if target.cluster != *delivered.cluster {
         return Err(Refusal::TargetMismatch);
     }
-    if client.id.is_reserved() {
+    if client.id.is_reserved() && client.id.as_role() != Some(Role::Unmeshed) {
         return Err(Refusal::WrongRole);
     }
     // A cluster that may not know of a service learns nothing from asking for its ports.
@@ -53,6 +54,15 @@ pub fn authorize(client: Client<'_>, target: &LegTarget, delivered: Delivered<'_
     }
     let known = delivered.ports.iter().any(|(service, _)| *service == target.service);
     Err(if known { Refusal::UnknownPort } else { Refusal::UnknownService })
+}
+
+/// Whether a gateway may speak here for workloads without a sidecar; everybody else may speak for itself.
+///
+/// # Errors
+/// `IdentityDenied` unless `allowed` names the cluster of the gateway.
+pub fn authorize_unmeshed(client: Client<'_>, allowed: &BTreeSet<ClusterId>) -> Result<(), Refusal> {
+    let is_unmeshed = client.id.as_role() == Some(Role::Unmeshed);
+    if is_unmeshed && !allowed.contains(client.cluster) { Err(Refusal::IdentityDenied) } else { Ok(()) }
 }
 
 /// Whether `client` may open a leg of peer sync: a federation of a peered cluster, never of the own one.
@@ -97,6 +107,19 @@ mod tests {
     }
 
     #[test]
+    fn a_gateway_speaks_for_others_only_where_that_is_allowed() {
+        for (path, allowed, want) in [
+            ("tombolo/unmeshed/g1", "west", Ok(())),
+            ("tombolo/unmeshed/g1", "north", Err(Refusal::IdentityDenied)),
+            ("ns/shop/sa/web", "north", Ok(())),
+        ] {
+            let id = format!("spiffe://west.tombolo/{path}").parse().unwrap();
+            let client = Client { id: &id, cluster: &"west".parse().unwrap() };
+            assert_eq!(authorize_unmeshed(client, &[allowed.parse().unwrap()].into()), want, "{path} {allowed}");
+        }
+    }
+
+    #[test]
     fn who_may_call_what() {
         let web = "80.web.shop.svc.east.clusterset.local";
         let own = "spiffe://east.tombolo/ns/shop/sa/cart";
@@ -117,6 +140,7 @@ mod tests {
             (west, "west", "80.api.shop.svc.east.clusterset.local", Err(Refusal::NotExported)),
             (north, "north", web, Err(Refusal::NotExported)),
             ("spiffe://east.tombolo/tombolo/gateway/g1", "east", web, Err(Refusal::WrongRole)),
+            ("spiffe://west.tombolo/tombolo/unmeshed/g1", "west", web, Ok(())),
             ("spiffe://west.tombolo/tombolo/federation/f1", "west", web, Err(Refusal::WrongRole)),
             ("spiffe://west.tombolo/tombolo/sidecar/x", "west", web, Err(Refusal::WrongRole)),
         ] {

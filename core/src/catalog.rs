@@ -49,6 +49,8 @@ pub struct ServiceView {
     pub exported: bool,
     /// The peers that this cluster offers it to.
     pub offered_to: BTreeSet<ClusterId>,
+    /// The clusters whose workloads without a sidecar may call the own share; the own cluster may be one of them.
+    pub unmeshed: BTreeSet<ClusterId>,
 }
 
 /// A peered cluster in the catalogue.
@@ -90,7 +92,13 @@ impl Catalog {
         let offered = |share: &&LocalShare| share.exported && peer.authority.offers(&share.export.service);
         let published = self.local.values().filter(offered);
         let is_offered = |service: &ServiceName| self.local.get(service).as_ref().is_some_and(offered);
-        let told = |share: &LocalShare| exported::offered(&share.export, &self.cluster, is_offered);
+        let told = |share: &LocalShare| {
+            let export = exported::offered(&share.export, &self.cluster, is_offered);
+            if export.unmeshed || !peer.authority.unmeshed {
+                return export;
+            }
+            Arc::new(Export { unmeshed: true, ..Arc::unwrap_or_clone(export) })
+        };
         published.map(|share| (share.export.service.clone(), told(share))).collect()
     }
 
@@ -249,6 +257,9 @@ impl Catalog {
         }));
         shares.sort_by(|a, b| a.cluster.cmp(&b.cluster));
         let offered = self.peers.iter().filter(|(_, peer)| exported && peer.authority.offers(service));
+        let for_all = exported && local.is_some_and(|local| local.export.unmeshed);
+        let unmeshed = offered.clone().filter(|(_, peer)| for_all || peer.authority.unmeshed);
+        let unmeshed = unmeshed.map(|(cluster, _)| cluster).chain(for_all.then_some(&self.cluster));
         Some(ServiceView {
             service: service.clone(),
             shares,
@@ -256,6 +267,7 @@ impl Catalog {
             conflicts: resolved.map(|resolved| resolved.conflicts).unwrap_or_default(),
             excluded,
             exported,
+            unmeshed: unmeshed.cloned().collect(),
             offered_to: offered.map(|(cluster, _)| cluster.clone()).collect(),
         })
     }

@@ -116,6 +116,7 @@ mod tests {
             ports: ports.iter().map(|text| port(text)).collect(),
             server_ids: BTreeSet::new(),
             endpoints: Default::default(),
+            unmeshed: false,
             routes: Vec::new(),
         }
     }

@@ -5,7 +5,7 @@
 //! decides. A name that can't be judged, since its service can't be asked for now, is never denied.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::addresses::VirtualAddress;
 use crate::id::{ClusterId, EndpointId, Namespace, ServiceName, is_label};
@@ -193,11 +193,38 @@ pub struct ServiceRecords {
     pub ports: BTreeMap<(String, Transport), u16>,
 }
 
+/// One place, by an address of one family or of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Place {
+    pub ipv4: Option<Ipv4Addr>,
+    pub ipv6: Option<Ipv6Addr>,
+}
+
+impl From<VirtualAddress> for Place {
+    fn from(address: VirtualAddress) -> Self {
+        Self { ipv4: Some(address.ipv4), ipv6: Some(address.ipv6) }
+    }
+}
+
+/// The first address of each family.
+impl FromIterator<IpAddr> for Place {
+    fn from_iter<T: IntoIterator<Item = IpAddr>>(addresses: T) -> Self {
+        let mut place = Self::default();
+        for address in addresses {
+            match address {
+                IpAddr::V4(address) => _ = place.ipv4.get_or_insert(address),
+                IpAddr::V6(address) => _ = place.ipv6.get_or_insert(address),
+            }
+        }
+        place
+    }
+}
+
 /// Where a service is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Places {
-    /// At one address for all of it (`ClusterSetIP`).
-    Whole(VirtualAddress),
+    /// At one place for all of it (`ClusterSetIP`).
+    Whole(Place),
     /// Headless: each ready endpoint at its own.
     Endpoints(Vec<EndpointPlace>),
 }
@@ -213,7 +240,7 @@ impl ServiceRecords {
     /// `whole` is the address of the service, which a headless one lacks. `None` while a service has no address yet.
     pub fn of<'a>(
         shares: impl Iterator<Item = &'a ClusterShare> + Clone,
-        whole: Option<VirtualAddress>,
+        whole: Option<Place>,
         endpoint: impl Fn(&ClusterId, &EndpointId) -> Option<VirtualAddress>,
     ) -> Option<Self> {
         let mut ports = BTreeMap::new();
@@ -254,7 +281,7 @@ pub fn answer(subject: &Subject, wanted: RecordType, known: &Known, turn: usize)
         (Subject::Above, _) => return Answer::NoData,
         (Subject::Nothing, _) | (_, Known::Absent) => return Answer::NxDomain,
         (_, Known::CutOff) => return Answer::ServFail,
-        (Subject::Service(_), Known::Address(address)) => return only_addresses(&[*address], wanted),
+        (Subject::Service(_), Known::Address(address)) => return only_addresses(&[(*address).into()], wanted),
         // Only headless services have names of clusters and endpoints.
         (Subject::Cluster { .. } | Subject::Endpoint { .. }, Known::Address(_)) => return Answer::NxDomain,
         (Subject::Protocol { .. } | Subject::Port { .. }, Known::Address(_)) => return Answer::ServFail,
@@ -267,9 +294,9 @@ pub fn answer(subject: &Subject, wanted: RecordType, known: &Known, turn: usize)
     match subject {
         Subject::Apex | Subject::Version | Subject::Above | Subject::Nothing => Answer::NxDomain,
         Subject::Service(_) => match &records.places {
-            Places::Whole(address) => only_addresses(&[*address], wanted),
+            Places::Whole(place) => only_addresses(&[*place], wanted),
             Places::Endpoints(_) => {
-                let addresses: Vec<_> = in_turn(endpoints, turn).map(|endpoint| endpoint.address).collect();
+                let addresses: Vec<Place> = in_turn(endpoints, turn).map(|endpoint| endpoint.address.into()).collect();
                 only_addresses(&addresses, wanted)
             }
         },
@@ -277,7 +304,7 @@ pub fn answer(subject: &Subject, wanted: RecordType, known: &Known, turn: usize)
         Subject::Cluster { cluster, .. } => exists(endpoints.iter().any(|endpoint| endpoint.cluster == *cluster)),
         Subject::Endpoint { hostname, cluster, .. } => {
             let of = endpoints.iter().filter(|endpoint| endpoint.cluster == *cluster && endpoint.hostname == *hostname);
-            let addresses: Vec<_> = of.map(|endpoint| endpoint.address).take(ENDPOINTS_MAX).collect();
+            let addresses: Vec<Place> = of.map(|endpoint| endpoint.address.into()).take(ENDPOINTS_MAX).collect();
             if addresses.is_empty() { Answer::NxDomain } else { only_addresses(&addresses, wanted) }
         }
         Subject::Protocol { transport, .. } => exists(records.ports.keys().any(|(_, other)| other == transport)),
@@ -306,14 +333,15 @@ fn in_turn(endpoints: &[EndpointPlace], turn: usize) -> impl Iterator<Item = &En
     endpoints[begin..].iter().chain(&endpoints[..begin]).take(ENDPOINTS_MAX)
 }
 
-fn of_type(addresses: &[VirtualAddress], wanted: RecordType, owner: Option<&String>) -> Vec<Record> {
+fn of_type(places: &[Place], wanted: RecordType, owner: Option<&String>) -> Vec<Record> {
     let record = |data| Record { owner: owner.cloned(), data };
-    let ipv4 = addresses.iter().filter(|_| wanted.wants(RecordType::A)).map(|address| Data::A(address.ipv4));
-    let ipv6 = addresses.iter().filter(|_| wanted.wants(RecordType::Aaaa)).map(|address| Data::Aaaa(address.ipv6));
+    let ipv4 = places.iter().filter(|_| wanted.wants(RecordType::A)).filter_map(|place| Some(Data::A(place.ipv4?)));
+    let ipv6 =
+        places.iter().filter(|_| wanted.wants(RecordType::Aaaa)).filter_map(|place| Some(Data::Aaaa(place.ipv6?)));
     ipv4.chain(ipv6).map(record).collect()
 }
 
-fn only_addresses(addresses: &[VirtualAddress], wanted: RecordType) -> Answer {
+fn only_addresses(addresses: &[Place], wanted: RecordType) -> Answer {
     let answers = of_type(addresses, wanted, None);
     if answers.is_empty() { Answer::NoData } else { Answer::Records { answers, additional: Vec::new() } }
 }
@@ -321,10 +349,10 @@ fn only_addresses(addresses: &[VirtualAddress], wanted: RecordType) -> Answer {
 /// One record for a service with an address of its own; one for each endpoint of a headless one.
 fn servers(service: &ServiceName, port: u16, places: &Places, turn: usize) -> Answer {
     let name = service.clusterset_name();
-    let targets: Vec<(String, VirtualAddress)> = match places {
+    let targets: Vec<(String, Place)> = match places {
         Places::Whole(address) => vec![(name, *address)],
         Places::Endpoints(endpoints) => in_turn(endpoints, turn)
-            .map(|endpoint| (format!("{}.{}.{name}", endpoint.hostname, endpoint.cluster), endpoint.address))
+            .map(|endpoint| (format!("{}.{}.{name}", endpoint.hostname, endpoint.cluster), endpoint.address.into()))
             .collect(),
     };
     if targets.is_empty() {

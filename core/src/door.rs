@@ -60,7 +60,7 @@ fn peering(verdict: &Verdict) -> Entry {
         // is the leader's to refuse, since only it can say why.
         Verdict::Unbound { role } | Verdict::Peer { role, .. } | Verdict::Own { role } => match role {
             Some(Role::Gateway) => Entry::Peering,
-            Some(Role::Federation) | None => Entry::Refuse(Refusal::WrongRole),
+            Some(Role::Federation | Role::Unmeshed) | None => Entry::Refuse(Refusal::WrongRole),
         },
         Verdict::Invalid(refusal) => Entry::Refuse(*refusal),
     }

@@ -224,6 +224,8 @@ pub struct SpiffeId {
 pub enum Role {
     Federation,
     Gateway,
+    /// A gateway that speaks for workloads without a sidecar; its instance is the gateway's id.
+    Unmeshed,
 }
 
 impl Role {
@@ -231,6 +233,7 @@ impl Role {
         match self {
             Role::Federation => "federation",
             Role::Gateway => "gateway",
+            Role::Unmeshed => "unmeshed",
         }
     }
 }
@@ -248,7 +251,8 @@ impl FromStr for Role {
         match text {
             "federation" => Ok(Role::Federation),
             "gateway" => Ok(Role::Gateway),
-            _ => Err(invalid("role", text, "use federation or gateway")),
+            "unmeshed" => Ok(Role::Unmeshed),
+            _ => Err(invalid("role", text, "use federation, gateway or unmeshed")),
         }
     }
 }
@@ -291,6 +295,14 @@ impl SpiffeId {
         let mut segments = self.path.split('/').skip(1);
         let (first, role, instance) = (segments.next()?, segments.next()?, segments.next()?);
         (first == ROLE_SEGMENT && !instance.is_empty() && segments.next().is_none()).then(|| role.parse().ok())?
+    }
+
+    /// The identity under which a gateway begins legs for workloads without a sidecar; `None` for any other than a
+    /// gateway's.
+    pub fn unmeshed_of(&self) -> Option<Self> {
+        let instance = self.path.rsplit('/').next().filter(|_| self.as_role() == Some(Role::Gateway))?;
+        let path = format!("/{ROLE_SEGMENT}/{}/{instance}", Role::Unmeshed).into();
+        Some(Self { trust_domain: self.trust_domain.clone(), path })
     }
 
     /// Whether the path lies where only tombolo's own roles may be.
@@ -414,6 +426,9 @@ mod tests {
         let gateway = SpiffeId::role(&domain, Role::Gateway, &"gw-1".parse().unwrap());
         assert_eq!(gateway.to_string(), "spiffe://east.example/tombolo/gateway/gw-1");
         assert_eq!(gateway.as_role(), Some(Role::Gateway));
+        let unmeshed = gateway.unmeshed_of().unwrap();
+        assert_eq!(unmeshed.to_string(), "spiffe://east.example/tombolo/unmeshed/gw-1");
+        assert_eq!((unmeshed.as_role(), unmeshed.unmeshed_of()), (Some(Role::Unmeshed), None));
         for path in ["/tombolo/gateway", "/tombolo/gateway/a/b", "/tombolo/sidecar/x", "/ns/tombolo/sa/gateway"] {
             let id: SpiffeId = format!("spiffe://east.example{path}").parse().unwrap();
             assert_eq!(id.as_role(), None, "{path}");

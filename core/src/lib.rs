@@ -10,6 +10,7 @@ pub mod backoff;
 pub mod bundle;
 pub mod capture;
 pub mod catalog;
+pub mod check;
 pub mod conflict;
 pub mod detect;
 pub mod dns;

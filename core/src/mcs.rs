@@ -28,6 +28,8 @@ pub struct Part {
     pub ports: BTreeSet<ServicePort>,
     /// In the order of their ids. None is ready where the cluster has not been heard of for too long.
     pub endpoints: Vec<Endpoint>,
+    /// Workloads without a sidecar may call it, through gateways of this cluster.
+    pub unmeshed: bool,
 }
 
 /// The import of a service; `None` where no cluster exports it to here.
@@ -48,7 +50,11 @@ fn exports(view: &ServiceView) -> impl Iterator<Item = &ClusterShare> {
 fn part(share: &ClusterShare) -> Part {
     let heard = share.freshness != Freshness::Draining;
     let endpoint = |endpoint: &Endpoint| Endpoint { ready: endpoint.ready && heard, ..endpoint.clone() };
-    Part { ports: share.export.ports.clone(), endpoints: share.export.endpoints.values().map(endpoint).collect() }
+    Part {
+        ports: share.export.ports.clone(),
+        endpoints: share.export.endpoints.values().map(endpoint).collect(),
+        unmeshed: share.export.unmeshed,
+    }
 }
 
 /// A condition of a `ServiceExport`.
@@ -158,6 +164,7 @@ mod tests {
             ports: ports.iter().cloned().collect(),
             server_ids: [server.unwrap()].into(),
             endpoints: [endpoint("a", true), endpoint("b", false)].map(|one| (one.id.clone(), one)).into(),
+            unmeshed: false,
             routes: Vec::new(),
         }
     }
@@ -170,7 +177,8 @@ mod tests {
             catalog.handle_local([(web(), share)].into());
         }
         let cluster: ClusterId = "west".parse().unwrap();
-        let everything = Authority { exports: vec![ServiceSelector::All], imports: vec![ServiceSelector::All] };
+        let everything =
+            Authority { exports: vec![ServiceSelector::All], imports: vec![ServiceSelector::All], unmeshed: false };
         let import = crate::import::Import::new("west.tombolo".parse().unwrap());
         catalog.handle_peer_added(cluster.clone(), everything, import);
         let told = west.map(|export| Change::Export(Arc::new(export)));
@@ -191,6 +199,7 @@ mod tests {
             ports: BTreeSet::new(),
             server_ids: BTreeSet::new(),
             endpoints: BTreeMap::new(),
+            unmeshed: false,
         };
         let refused_exports = refused.map(|refused| (web(), refused)).into_iter().collect();
         LocalState { services: [(web(), service)].into(), refused_exports, ..LocalState::default() }

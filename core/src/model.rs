@@ -136,6 +136,9 @@ pub struct Export {
     /// The identities that servers of this service may have; all in the exporter's own trust domain.
     pub server_ids: BTreeSet<SpiffeId>,
     pub endpoints: BTreeMap<EndpointId, Endpoint>,
+    /// Gateways may call it for workloads that have no sidecar.
+    #[serde(default)]
+    pub unmeshed: bool,
     /// The exporter's own routes for it (GAMMA's producer routes). In views of another cluster's share they mean that
     /// cluster's endpoints alone; the own share has none there, since the own cluster's routes are told beside it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -216,6 +219,9 @@ pub struct Authority {
     pub exports: Vec<ServiceSelector>,
     /// What the peer may bring in; empty means nothing.
     pub imports: Vec<ServiceSelector>,
+    /// The peer's workloads without a sidecar may call what it is offered, through its gateways.
+    #[serde(default)]
+    pub unmeshed: bool,
 }
 
 impl Authority {
@@ -288,7 +294,7 @@ mod tests {
 
     #[test]
     fn nothing_may_be_imported_until_it_is_granted() {
-        let none = Authority { exports: vec![ServiceSelector::All], imports: vec![] };
+        let none = Authority { exports: vec![ServiceSelector::All], imports: vec![], unmeshed: false };
         let web: ServiceName = "shop/web".parse().unwrap();
         assert!(none.offers(&web));
         assert!(!none.accepts(&web));

@@ -205,12 +205,13 @@ fn export_changes(old: &Export, new: &Arc<Export>, changes: &mut Vec<Change>) {
 }
 
 fn same_but_for_endpoints(a: &Export, b: &Export) -> bool {
-    let Export { service, created, kind, session_affinity, ports, server_ids, endpoints: _, routes } = a;
+    let Export { service, created, kind, session_affinity, ports, server_ids, endpoints: _, unmeshed, routes } = a;
     *service == b.service
         && *created == b.created
         && *kind == b.kind
         && *session_affinity == b.session_affinity
         && *ports == b.ports
         && *server_ids == b.server_ids
+        && *unmeshed == b.unmeshed
         && *routes == b.routes
 }

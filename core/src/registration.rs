@@ -104,6 +104,7 @@ fn local_share(
         ports: declared.ports.clone(),
         server_ids: declared.server_ids.clone(),
         endpoints,
+        unmeshed: declared.unmeshed,
         routes: state.policies.produced(&declared.service),
     };
     let exported = declared.exported.is_some() && declared.service.namespace().as_str() != SYSTEM_NAMESPACE;

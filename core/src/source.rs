@@ -58,6 +58,8 @@ pub struct LocalService {
     /// The identities that may serve it. Empty means that nobody may.
     pub server_ids: BTreeSet<SpiffeId>,
     pub endpoints: BTreeMap<EndpointId, LocalEndpoint>,
+    /// Gateways may call it for workloads that have no sidecar.
+    pub unmeshed: bool,
 }
 
 /// An endpoint as a slice declares it.

@@ -38,6 +38,7 @@ fn export(exporter: &str, name: &str, created_ms: i64, port: u16) -> Export {
         ports: [ServicePort { name: "http".into(), port, transport: Transport::Tcp, app: AppProtocol::Http }].into(),
         server_ids: [format!("spiffe://{exporter}/ns/a/sa/b").parse().unwrap()].into(),
         endpoints: [(endpoint.id.clone(), endpoint)].into(),
+        unmeshed: false,
         routes: Vec::new(),
     }
 }
@@ -51,7 +52,7 @@ fn selectors(texts: &[&str]) -> Vec<ServiceSelector> {
 }
 
 fn authority(exports: &[&str], imports: &[&str]) -> Authority {
-    Authority { exports: selectors(exports), imports: selectors(imports) }
+    Authority { exports: selectors(exports), imports: selectors(imports), unmeshed: false }
 }
 
 fn import(peer: &str) -> Import {
@@ -212,8 +213,16 @@ fn declared(endpoints: &[(&str, Option<&str>, bool)]) -> LocalState {
     });
     let endpoints = endpoints.collect();
     let exported = Some(Timestamp::UNIX_EPOCH);
-    let declared =
-        LocalService { service: service.clone(), exported, kind, session_affinity, ports, server_ids, endpoints };
+    let declared = LocalService {
+        service: service.clone(),
+        exported,
+        kind,
+        session_affinity,
+        ports,
+        server_ids,
+        endpoints,
+        unmeshed: false,
+    };
     LocalState { services: [(service, declared)].into(), ..Default::default() }
 }
 

@@ -32,6 +32,7 @@ fn export(service: &str, endpoints: impl IntoIterator<Item = Endpoint>) -> Arc<E
         ports: Default::default(),
         server_ids: [server.parse().unwrap()].into(),
         endpoints: endpoints.into_iter().map(|endpoint| (endpoint.id.clone(), endpoint)).collect(),
+        unmeshed: false,
         routes: Vec::new(),
     })
 }

@@ -201,7 +201,8 @@ impl DnsServer {
 
     async fn relay(&self, query: &Query<'_>, transport: Transport) -> Vec<u8> {
         // The answer to a transfer is many messages.
-        if matches!(query.kind(), TYPE_AXFR | TYPE_IXFR) && query.is_standard() {
+        let transfer = matches!(query.kind(), TYPE_AXFR | TYPE_IXFR) && query.is_standard();
+        if transfer || self.upstreams.is_none() {
             (self.observe)(Event::Refused);
             return query.answer_code(REFUSED);
         }

@@ -49,6 +49,16 @@ struct State {
 }
 
 impl Upstreams {
+    /// Nobody: names of other zones are refused.
+    pub fn none() -> Self {
+        Self::fixed(&[])
+    }
+
+    /// Whether there never is one.
+    pub(crate) fn is_none(&self) -> bool {
+        self.file.is_none() && self.resolvers(Instant::now()).is_empty()
+    }
+
     /// These, in this order.
     pub fn fixed(resolvers: &[SocketAddr]) -> Self {
         let state = State { resolvers: resolvers.into(), ..State::default() };

@@ -42,7 +42,7 @@ impl Zone for Shop {
             address: address(1000 + n),
         };
         let known = match service.to_string().as_str() {
-            "shop/web" => Known::Records(ServiceRecords { places: Places::Whole(address(1)), ports }),
+            "shop/web" => Known::Records(ServiceRecords { places: Places::Whole(address(1).into()), ports }),
             "shop/db" => {
                 Known::Records(ServiceRecords { places: Places::Endpoints((0..300).map(endpoint).collect()), ports })
             }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tombolo_core::addresses::allocation::{Allocations, Owner, owners};
 use tombolo_core::addresses::mesh::{Block, blocks};
+use tombolo_core::addresses::ports::{PortOwner, PortRange, port_owners};
 use tombolo_core::addresses::{Number, Ranges};
 use tombolo_core::catalog::ServiceView;
 use tombolo_core::id::ServiceName;
@@ -30,18 +31,41 @@ pub struct Addresses {
     pub blocks: BTreeMap<u32, Arc<Block>>,
     /// What has none, since there is none left.
     pub without: BTreeSet<Owner>,
+    /// Where gateways listen for workloads without a sidecar.
+    pub listeners: BTreeMap<PortOwner, u16>,
+    /// What has no listener, since there is no port left.
+    pub without_listener: BTreeSet<PortOwner>,
+}
+
+/// Where numbers are taken from.
+#[derive(Debug, Clone, Copy)]
+pub struct Space {
+    pub ranges: Ranges,
+    /// Ports of listeners for workloads without a sidecar; `None` where there are no such listeners.
+    pub listeners: Option<PortRange>,
+}
+
+/// Owners for whom nothing was left.
+#[derive(Debug, Default)]
+pub(crate) struct Without {
+    addresses: BTreeSet<Owner>,
+    listeners: BTreeSet<PortOwner>,
 }
 
 impl Addresses {
-    fn new(held: &Allocations, ranges: Ranges, without: BTreeSet<Owner>, before: Option<&Addresses>) -> Self {
-        let numbers: BTreeMap<Owner, Number> = held.in_use().map(|(owner, number)| (owner.clone(), number)).collect();
+    pub(crate) fn new(held: &Allocations, space: Space, without: Without, before: Option<&Addresses>) -> Self {
+        let numbers: BTreeMap<Owner, Number> =
+            held.addresses.in_use().map(|(owner, number)| (owner.clone(), number)).collect();
         let holders = numbers.iter().map(|(owner, number)| (*number, owner.holder(), owner.service.clone()));
         let kept = |(number, block): (u32, Block)| {
             let known = before.and_then(|before| before.blocks.get(&number)).filter(|known| ***known == block);
             (number, known.cloned().unwrap_or_else(|| Arc::new(block)))
         };
         let blocks = blocks(holders).into_iter().map(kept).collect();
-        Self { ranges, numbers, blocks, without }
+        let listener = |(owner, number): (&PortOwner, Number)| Some((owner.clone(), space.listeners?.port(number)?));
+        let listeners = held.listeners.in_use().filter_map(listener).collect();
+        let (ranges, Without { addresses: without, listeners: without_listener }) = (space.ranges, without);
+        Self { ranges, numbers, blocks, without, listeners, without_listener }
     }
 
     pub fn number(&self, owner: &Owner) -> Option<Number> {
@@ -59,12 +83,12 @@ impl Addresses {
 }
 
 /// Tells the hub which addresses another replica has allocated, whenever that has changed, until the hub ends.
-pub async fn follow(hub: HubHandle, store: Store, ranges: Ranges) {
+pub async fn follow(hub: HubHandle, store: Store, space: Space) {
     let mut changes = store.changes();
     let mut told: Option<Arc<Addresses>> = None;
     loop {
         changes.borrow_and_update();
-        let addresses = Arc::new(Addresses::new(&store.addresses(), ranges, BTreeSet::new(), told.as_deref()));
+        let addresses = Arc::new(Addresses::new(&store.addresses(), space, Without::default(), told.as_deref()));
         if !told.as_ref().is_some_and(|told| told.is_same(&addresses)) {
             if hub.addressed(addresses.clone()).await.is_err() {
                 return;
@@ -81,7 +105,7 @@ pub async fn follow(hub: HubHandle, store: Store, ranges: Ranges) {
 pub struct Allocator {
     hub: HubHandle,
     store: Store,
-    ranges: Ranges,
+    space: Space,
     gauges: Gauges,
     /// The services for which everything was allocated that there is; `None` when it has to be tried again.
     seen: Option<Arc<BTreeMap<ServiceName, Arc<ServiceView>>>>,
@@ -93,6 +117,7 @@ struct Gauges {
     in_use: Gauge,
     resting: Gauge,
     without: Gauge,
+    listeners: Gauge,
 }
 
 impl Allocator {
@@ -100,7 +125,7 @@ impl Allocator {
     pub async fn start(
         hub: HubHandle,
         store: Store,
-        ranges: Ranges,
+        space: Space,
         metrics: &Metrics,
     ) -> Result<Self, AllocationFailed> {
         let gauges = Gauges {
@@ -109,10 +134,12 @@ impl Allocator {
                 .gauge("tombolo_virtual_addresses_resting", "Virtual addresses that were given back within a day"),
             without: metrics.gauge(
                 "tombolo_virtual_addresses_missing",
-                "Services and endpoints for which there is no address left",
+                "Services and endpoints for which there is no address left, and ports without a listener's",
             ),
+            listeners: metrics
+                .gauge("tombolo_unmeshed_listeners", "Listener ports for workloads without a sidecar, in use"),
         };
-        let mut allocator = Self { hub, store, ranges, gauges, seen: None, told: None };
+        let mut allocator = Self { hub, store, space, gauges, seen: None, told: None };
         // What has not been read yet would look as if it had gone.
         allocator.hub.settled().await?;
         allocator.step().await?;
@@ -147,27 +174,22 @@ impl Allocator {
 
     async fn step(&mut self) -> Result<(), AllocationFailed> {
         let services = self.hub.view().services.clone();
-        let (ranges, before) = (self.ranges, self.told.clone());
+        let (space, before) = (self.space, self.told.clone());
         let wanted = services.clone();
         let allocate = move |store: &Store| -> Result<(Addresses, usize), StoreError> {
-            let wanted: BTreeSet<Owner> = wanted.values().flat_map(|view| owners(view)).collect();
-            let (held, without) = store.change_addresses(|held| held.observe(&wanted, &ranges, Timestamp::now()))?;
-            Ok((Addresses::new(&held, ranges, without, before.as_deref()), held.resting()))
+            let (held, without) = store.change_addresses(|held| observe(held, space, &wanted))?;
+            let resting = held.addresses.resting() + held.listeners.resting();
+            Ok((Addresses::new(&held, space, without, before.as_deref()), resting))
         };
         let (addresses, resting) = self.store.off_thread(allocate).await?;
         let gauge = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
-        if self.gauges.without.get() == 0
-            && let Some(first) = addresses.without.first()
-        {
-            let (ipv4, ipv6, count) = (ranges.ipv4, ranges.ipv6, addresses.without.len());
-            tracing::warn!(
-                %first, count, %ipv4, %ipv6,
-                "no virtual address is left; DNS answers SERVFAIL for what has none: widen virtualAddresses"
-            );
+        if self.gauges.without.get() == 0 {
+            warn_of_missing(&addresses);
         }
         self.gauges.in_use.set(gauge(addresses.len()));
+        self.gauges.listeners.set(gauge(addresses.listeners.len()));
         self.gauges.resting.set(gauge(resting));
-        self.gauges.without.set(gauge(addresses.without.len()));
+        self.gauges.without.set(gauge(addresses.without.len() + addresses.without_listener.len()));
         let addresses = Arc::new(addresses);
         if !self.told.as_ref().is_some_and(|told| told.is_same(&addresses)) {
             self.hub.addressed(addresses.clone()).await?;
@@ -178,9 +200,40 @@ impl Allocator {
     }
 }
 
+/// Allocates for all of `services`.
+fn observe(held: &mut Allocations, space: Space, services: &BTreeMap<ServiceName, Arc<ServiceView>>) -> Without {
+    let now = Timestamp::now();
+    let wanted: BTreeSet<Owner> = services.values().flat_map(|view| owners(view)).collect();
+    let addresses = held.addresses.observe(&wanted, space.ranges.count(), now);
+    // Without a range nobody is told of a port, and each keeps the one that it had.
+    let Some(range) = space.listeners else { return Without { addresses, ..Without::default() } };
+    let wanted: BTreeSet<PortOwner> = services.values().flat_map(|view| port_owners(view)).collect();
+    Without { addresses, listeners: held.listeners.observe(&wanted, range.count(), now) }
+}
+
+fn warn_of_missing(addresses: &Addresses) {
+    if let Some(first) = addresses.without.first() {
+        let Ranges { ipv4, ipv6 } = addresses.ranges;
+        tracing::warn!(
+            %first, count = addresses.without.len(), %ipv4, %ipv6,
+            "no virtual address is left; DNS answers SERVFAIL for what has none: widen virtualAddresses"
+        );
+    }
+    if let Some(first) = addresses.without_listener.first() {
+        tracing::warn!(
+            %first, count = addresses.without_listener.len(),
+            "no listener port is left for workloads without a sidecar: widen unmeshed.ports"
+        );
+    }
+}
+
 impl Addresses {
     fn is_same(&self, other: &Addresses) -> bool {
-        self.ranges == other.ranges && self.numbers == other.numbers && self.without == other.without
+        self.ranges == other.ranges
+            && self.numbers == other.numbers
+            && self.without == other.without
+            && self.listeners == other.listeners
+            && self.without_listener == other.without_listener
     }
 }
 

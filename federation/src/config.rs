@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tombolo_core::addresses::Ranges;
+use tombolo_core::addresses::ports::PortRange;
 use tombolo_core::id::{ClusterId, Namespace, TrustDomain};
 use tombolo_core::policy::access::DefaultAccess;
 use tombolo_core::sni::SYSTEM_NAMESPACE;
@@ -56,6 +57,12 @@ pub struct Config {
     /// Where the addresses lie that services have in this cluster, on its own machines only.
     #[serde(default)]
     pub virtual_addresses: Ranges,
+    /// Lets workloads without a sidecar call what their exports allow; nobody may if absent.
+    #[serde(default)]
+    pub unmeshed: Option<UnmeshedConfig>,
+    /// A DNS server for `clusterset.local` alone, to which the cluster's own resolver forwards; there is none if absent.
+    #[serde(default)]
+    pub dns: Option<DnsConfig>,
     /// What becomes of callers that no AccessPolicy speaks of: `allow` or `deny`.
     #[serde(default)]
     pub default_access: DefaultAccess,
@@ -65,6 +72,22 @@ pub struct Config {
     pub log: LogConfig,
     #[serde(default = "default_drain_deadline", with = "humantime_serde")]
     pub drain_deadline: Duration,
+}
+
+/// What there is for workloads that have no sidecar.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct UnmeshedConfig {
+    /// The TCP ports that gateways listen on, one for each port of a service.
+    pub ports: PortRange,
+}
+
+/// Where names of the clusterset are answered for whoever has no sidecar.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DnsConfig {
+    /// UDP and TCP.
+    pub listen: SocketAddr,
 }
 
 /// Where the cluster's own services are declared: one of the two.

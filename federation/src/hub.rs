@@ -11,6 +11,7 @@ mod tests;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -106,6 +107,8 @@ pub struct GatewayJoin {
     pub advertise: Vec<String>,
     pub ingress_address: String,
     pub watch_address: String,
+    /// Where workloads without a sidecar reach its listeners, if it has any.
+    pub unmeshed_address: Option<IpAddr>,
     /// Where its stream takes peering commands.
     pub commands: mpsc::Sender<PeeringCommand>,
     pub attached: Attached,
@@ -170,6 +173,8 @@ enum Input {
     PeerAdded(Box<PeerRecord>, Box<Import>, oneshot::Sender<()>),
     PeerRemoved(ClusterId, oneshot::Sender<()>),
     Addressed(Arc<Addresses>, oneshot::Sender<()>),
+    Clock(ClusterId, i64),
+    Imported(Arc<BTreeMap<ServiceName, Vec<IpAddr>>>),
     Settle(oneshot::Sender<()>),
     DeclaredRefused(Vec<SourceProblem>),
     NotWritten(Vec<SourceProblem>),
@@ -223,6 +228,16 @@ impl HubHandle {
         self.ask(|done| Input::PeerRemoved(cluster.clone(), done)).await?;
         durable::remove(&self.store, &cluster).await;
         Ok(())
+    }
+
+    /// How far a peer's clock is ahead, as a message that it just sent shows.
+    pub(crate) async fn clock(&self, cluster: ClusterId, ahead_ms: i64) -> Result<(), HubGone> {
+        self.send(Input::Clock(cluster, ahead_ms)).await
+    }
+
+    /// What is imported into this cluster's API server, with the addresses that it has there.
+    pub(crate) async fn imported(&self, addresses: Arc<BTreeMap<ServiceName, Vec<IpAddr>>>) -> Result<(), HubGone> {
+        self.send(Input::Imported(addresses)).await
     }
 
     /// Virtual addresses that have been made durable, all of them. Returns when they are in the view.

@@ -172,6 +172,9 @@ impl IdentityService {
             }
             (Some(Proof::Join(proof)), None) => join(&issuer, store, &proof, &csr_der),
             (Some(Proof::Renew(proof)), None) => renew(&issuer, store, &proof, &csr_der).map_err(NotIssued::Refused),
+            (Some(Proof::Unmeshed(proof)), None) => {
+                unmeshed(&issuer, store, &proof, &csr_der).map_err(NotIssued::Refused)
+            }
             (Some(Proof::Token(_)) | None, None) => {
                 Err(NotIssued::Refused(IssueRefusal::Join(tombolo_core::join::JoinRefusal::NotKnown)))
             }
@@ -234,6 +237,11 @@ fn join(issuer: &Issuer, store: &Store, proof: &JoinProof, csr_der: &[u8]) -> Re
 fn renew(issuer: &Issuer, store: &Store, proof: &RenewProof, csr_der: &[u8]) -> Result<Issued, IssueRefusal> {
     let chain = &proof.chain_der[..proof.chain_der.len().min(CHAIN_MAX)];
     issuer.renew(chain, csr_der, Timestamp::now(), &store.revoked().ids)
+}
+
+fn unmeshed(issuer: &Issuer, store: &Store, proof: &RenewProof, csr_der: &[u8]) -> Result<Issued, IssueRefusal> {
+    let chain = &proof.chain_der[..proof.chain_der.len().min(CHAIN_MAX)];
+    issuer.issue_unmeshed(chain, csr_der, Timestamp::now(), &store.revoked().ids)
 }
 
 fn response(issued: Issued) -> IssueResponse {

@@ -7,6 +7,7 @@ pub mod addresses;
 pub mod backup;
 pub mod config;
 pub mod discovery;
+mod dns;
 pub mod hub;
 pub mod identity;
 pub mod kubernetes;

@@ -32,6 +32,7 @@ use crate::source::{ExportError, SourceHandle};
 use crate::store::{Store, StoreError};
 use data_encoding::HEXLOWER;
 pub use socket::{OperatorSocket, SocketError};
+pub use status::Surroundings;
 
 /// Largest request; a token with its grants is far smaller.
 const REQUEST_OCTETS_MAX: usize = 256 * 1024;
@@ -50,8 +51,7 @@ pub struct OperatorService {
     pub peering: Peering,
     pub ca: CertificateAuthority,
     pub lead: Lead,
-    /// What `status` shows as this program's version.
-    pub version: &'static str,
+    pub surroundings: Surroundings,
 }
 
 impl OperatorService {
@@ -140,7 +140,7 @@ impl Operator for OperatorService {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Ok(Response::new(status::status(&self.hub.view(), &self.ca, &self.lead, self.version)))
+        Ok(Response::new(status::status(&self.hub.view(), &self.ca, &self.lead, self.surroundings)))
     }
 
     async fn join_add(&self, request: Request<JoinAddRequest>) -> Result<Response<JoinAddResponse>, Status> {
@@ -237,7 +237,7 @@ fn authority(exports: &[String], imports: &[String]) -> Result<Authority, Status
     if exports.is_empty() {
         exports.push(ServiceSelector::All);
     }
-    Ok(Authority { exports, imports: selectors("imports", imports)? })
+    Ok(Authority { exports, imports: selectors("imports", imports)?, unmeshed: false })
 }
 
 fn of_peering(error: PeeringError) -> Status {

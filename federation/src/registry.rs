@@ -5,6 +5,7 @@
 //! into force when the source allows it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -264,6 +265,13 @@ impl Registry {
     /// Identity, instance and whether the stream stands, of every sidecar.
     pub fn sidecars(&self) -> impl Iterator<Item = (SessionId, &SpiffeId, &InstanceName, bool)> {
         self.sessions.iter().map(|(id, s)| (*id, &s.spiffe_id, &s.instance, s.ends.is_none()))
+    }
+
+    /// Addresses at which sidecars have registered, without loopback's, which are everybody's.
+    pub fn addresses(&self) -> BTreeSet<IpAddr> {
+        let claims = self.sessions.values().flat_map(|session| session.claims.values());
+        let addresses = claims.filter_map(|delivery| Some(delivery.address.parse::<SocketAddr>().ok()?.ip()));
+        addresses.map(|address| address.to_canonical()).filter(|address| !address.is_loopback()).collect()
     }
 
     /// Services that a sidecar has registered.

@@ -30,7 +30,7 @@ use tombolo_trust::store::TrustStore;
 use tombolo_trust::svid::SvidSource;
 use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
-use crate::addresses::Allocator;
+use crate::addresses::{Allocator, Space};
 use crate::discovery::DiscoveryService;
 use crate::hub::{self, HubHandle, HubStart, PeerRecord, PeeringEvent, SidecarJoin, View, remembered};
 use crate::kubernetes::Leadership;
@@ -166,7 +166,7 @@ impl Federation {
         let record = PeerRecord {
             cluster: other.cluster.clone(),
             trust_domain: other.trust_domain.clone(),
-            authority: Authority { exports: vec!["*".parse().unwrap()], imports },
+            authority: Authority { exports: vec!["*".parse().unwrap()], imports, unmeshed: false },
             bundle: other.ca.bundle().to_wire(),
             gateways: vec![],
         };
@@ -212,6 +212,7 @@ impl Federation {
             ports: [port].into(),
             server_ids: [self.web(&service)].into(),
             endpoints: BTreeMap::new(),
+            unmeshed: false,
             service,
         }
     }
@@ -236,7 +237,9 @@ impl Federation {
     /// Gives every service virtual addresses, until the task is aborted.
     pub async fn allocate(&self) -> JoinHandle<()> {
         let (hub, store) = (self.hub.clone(), self.store.clone());
-        let allocator = Allocator::start(hub, store, Ranges::default(), &self.metrics).await.unwrap();
+        let listeners = Some("20000-20999".parse().unwrap());
+        let space = Space { ranges: Ranges::default(), listeners };
+        let allocator = Allocator::start(hub, store, space, &self.metrics).await.unwrap();
         tokio::spawn(allocator.run())
     }
 

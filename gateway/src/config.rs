@@ -46,6 +46,14 @@ pub struct Config {
     pub advertise_ingress: Option<String>,
     /// The same for `watch`.
     pub advertise_watch: Option<String>,
+    /// Address of the listeners for workloads without a sidecar; there are none if absent, or if the federation has no
+    /// ports for them.
+    pub unmeshed: Option<IpAddr>,
+    /// The address at which those workloads reach `unmeshed`, unless that is it.
+    pub advertise_unmeshed: Option<IpAddr>,
+    /// Sources that these listeners serve; everybody if empty.
+    #[serde(default)]
+    pub unmeshed_sources: Vec<SourceRange>,
     /// Sources that may put a PROXY header in front of a leg.
     #[serde(default = "default_proxy_sources")]
     pub proxy_sources: Vec<SourceRange>,
@@ -102,6 +110,8 @@ pub struct LimitsConfig {
     pub connections_per_peer: u32,
     /// Sidecars that watch this gateway.
     pub watchers: u32,
+    /// Connections of workloads without a sidecar.
+    pub unmeshed_connections: u32,
 }
 
 impl Default for LimitsConfig {
@@ -118,6 +128,7 @@ impl Default for LimitsConfig {
             peerings: 16,
             connections_per_peer: 32,
             watchers: 10_000,
+            unmeshed_connections: 4_096,
         }
     }
 }
@@ -162,8 +173,26 @@ impl Validate for Config {
         if self.resolvers.len() > RESOLVERS_MAX {
             problems.push(Problem::new("resolvers", format!("at most {RESOLVERS_MAX}")));
         }
+        problems.extend(self.unmeshed_problem());
         problems.extend(self.limits.problems());
         problems
+    }
+}
+
+impl Config {
+    /// Where workloads without a sidecar reach the listeners for them.
+    pub fn unmeshed_address(&self) -> Option<IpAddr> {
+        self.unmeshed.map(|bound| self.advertise_unmeshed.unwrap_or(bound))
+    }
+
+    fn unmeshed_problem(&self) -> Option<Problem> {
+        let Some(bound) = self.unmeshed else {
+            let reason = "needs `unmeshed` beside it, the address that the listeners are bound to";
+            return self.advertise_unmeshed.map(|_| Problem::new("advertiseUnmeshed", reason));
+        };
+        let reason = format!("`unmeshed` is every address ({bound}), so say at which one workloads reach it");
+        let reached = self.unmeshed_address().is_some_and(|address| !address.is_unspecified());
+        (!reached).then(|| Problem::new("advertiseUnmeshed", reason))
     }
 }
 
@@ -208,6 +237,7 @@ impl LimitsConfig {
         at_least("peerings", self.peerings.into(), 1);
         at_least("connectionsPerPeer", self.connections_per_peer.into(), 2);
         at_least("watchers", self.watchers.into(), 1);
+        at_least("unmeshedConnections", self.unmeshed_connections.into(), 1);
         // quinn closes a connection with more than 1,024 gaps in one stream: about 2.9 MB of packets.
         if self.stream_window > 2 * 1024 * 1024 {
             problems.push(Problem::new("limits.streamWindow", "at most 2097152"));
@@ -313,6 +343,8 @@ mod tests {
             ("advertiseIngress: nowhere\n", "advertiseIngress: write host:port"),
             ("ingress: 0.0.0.0:15443\n", "advertiseIngress: HOST:15443"),
             ("watch: '[::]:15012'\n", "`watch` listens on every address ([::]:15012)"),
+            ("unmeshed: 0.0.0.0\n", "`unmeshed` is every address (0.0.0.0)"),
+            ("advertiseUnmeshed: 10.0.0.5\n", "needs `unmeshed`"),
             ("limits:\n  streamWindow: 3000000\n", "limits.streamWindow"),
             ("limits:\n  stalled: 1\n", "limits.stalled"),
             ("congestion: reno\n", "reno"),

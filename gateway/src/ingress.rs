@@ -38,14 +38,32 @@ const TUNNELS_TRIED_MAX: usize = 3;
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Who brings legs to a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Callers {
+    Sidecars,
+    /// This gateway itself, for workloads without a sidecar.
+    Itself,
+}
+
 /// Accepts legs for as long as the process runs; one that drains refuses them with that reason.
 pub async fn accept_all(gateway: Arc<Gateway>, listener: TcpListener) {
+    accept(gateway, listener, Callers::Sidecars).await;
+}
+
+/// Accepts the legs that this gateway begins itself, on a listener that nobody else is told of. Whoever finds it can do
+/// what the ingress lets everybody do.
+pub async fn accept_own(gateway: Arc<Gateway>, listener: TcpListener) {
+    accept(gateway, listener, Callers::Itself).await;
+}
+
+async fn accept(gateway: Arc<Gateway>, listener: TcpListener, callers: Callers) {
     let sources = SourceLimits::new(&gateway.settings.limits);
     loop {
         match listener.accept().await {
             Ok((tcp, address)) => match sources.admit(address.ip()) {
                 Ok(unfinished) => {
-                    tokio::spawn(handle(gateway.clone(), tcp, address, unfinished));
+                    tokio::spawn(handle(gateway.clone(), tcp, address, callers, unfinished));
                 }
                 Err(refusal) => {
                     gateway.meters.refused(refusal);
@@ -61,9 +79,19 @@ pub async fn accept_all(gateway: Arc<Gateway>, listener: TcpListener) {
     }
 }
 
-async fn handle(gateway: Arc<Gateway>, mut tcp: TcpStream, address: SocketAddr, unfinished: Unfinished) {
+async fn handle(
+    gateway: Arc<Gateway>,
+    mut tcp: TcpStream,
+    address: SocketAddr,
+    callers: Callers,
+    unfinished: Unfinished,
+) {
     copy::prepare(&tcp);
-    let opening = client_hello::read_opening(&mut tcp, proxy_policy(&gateway, address.ip())).await;
+    let policy = match callers {
+        Callers::Sidecars => proxy_policy(&gateway, address.ip()),
+        Callers::Itself => ProxyPolicy::Read,
+    };
+    let opening = client_hello::read_opening(&mut tcp, policy).await;
     let (outcome, proxy) = match opening {
         Ok(Opening { proxy, hello }) => {
             let request = Request { hello: hello.raw.into(), server_name: hello.server_name, proxy };

@@ -1,5 +1,6 @@
 //! The east-west gateway: QUIC tunnels to the gateways of other clusters, and legs routed by the SNI of
-//! their ClientHello. It holds no workload's key and decrypts nothing.
+//! their ClientHello. It holds no workload's key and decrypts nothing; what workloads without a sidecar bring to the listeners of
+//! [`unmeshed`], where these are allowed, comes in plaintext.
 
 pub mod config;
 pub mod copy;
@@ -15,6 +16,7 @@ pub mod snapshot;
 pub mod sources;
 pub mod stalls;
 pub mod tunnel;
+pub mod unmeshed;
 pub mod watch;
 
 pub use config::Config;

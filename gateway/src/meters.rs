@@ -12,12 +12,15 @@ use crate::copy::LegEnd;
 /// Where a leg came in.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Entrance {
-    /// `ingress` or `tunnel`.
+    /// `ingress`, `tunnel` or `unmeshed`.
     pub entrance: &'static str,
 }
 
 pub const INGRESS: Entrance = Entrance { entrance: "ingress" };
 pub const TUNNEL: Entrance = Entrance { entrance: "tunnel" };
+/// Connections of workloads without a sidecar, for each of which this gateway begins a leg. One to another cluster counts at the
+/// ingress too.
+pub const UNMESHED: Entrance = Entrance { entrance: "unmeshed" };
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Ended {

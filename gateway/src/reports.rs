@@ -66,6 +66,7 @@ fn tunnels(gateway: &Gateway) -> Vec<TunnelReport> {
             last_error: dial.error.unwrap_or_default(),
             remote_gateway: Some(remote.gateway.clone()),
             addresses: dial.addresses,
+            mtu: tunnel.mtu(),
         }
     });
     let snapshot = gateway.snapshot();
@@ -86,6 +87,7 @@ fn tunnels(gateway: &Gateway) -> Vec<TunnelReport> {
         last_error: dial.error.clone().unwrap_or_default(),
         remote_gateway: Some(remote.clone()),
         addresses: dial.addresses.clone(),
+        mtu: 0,
     });
     up.chain(down).collect()
 }
@@ -102,6 +104,7 @@ pub fn state(gateway: &Gateway, federation: &LinkStatus) -> Value {
             "address": tunnel.remote_address,
             "dialledHere": tunnel.dialled_here,
             "legs": tunnel.legs,
+            "mtu": tunnel.mtu,
             "lastError": tunnel.last_error,
             "resolved": tunnel.addresses,
         })

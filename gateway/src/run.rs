@@ -27,7 +27,7 @@ use crate::peering::{self, PeeringRelay};
 use crate::reports;
 use crate::snapshot::Snapshot;
 use crate::tunnel::endpoint::{self, EndpointKeys, TunnelSocket};
-use crate::watch;
+use crate::{unmeshed, watch};
 
 const ROLE: &str = "gateway";
 /// What the federation last told, in the state directory.
@@ -63,6 +63,7 @@ impl Sockets {
             advertise: advertise.collect(),
             ingress_address: advertised(config.advertise_ingress.as_deref(), self.ingress.local_addr()?),
             watch_address: advertised(config.advertise_watch.as_deref(), self.watch.local_addr()?),
+            unmeshed_address: config.unmeshed_address(),
         })
     }
 }
@@ -95,13 +96,7 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     ]);
     let shown = Shown::default();
     let admin = start_admin(&config, &process, &shown).await?;
-    let (svid, trust) = identity::start(IdentityConfig {
-        federation: config.federation.address.clone(),
-        ca: config.federation.ca.clone(),
-        first_proof: FirstProof::of(config.join.as_ref(), config.token.as_ref()),
-        asked: Asked::Role(Role::Gateway),
-        state: config.state.clone(),
-    })?;
+    let (svid, trust) = identity::start(identity_config(&config))?;
     let started = start(&config, &process, sockets, svid, trust, identity_ready);
     let Some((mut started, watch_listener)) = unless_draining(&process, started).await.transpose()? else {
         return Ok(());
@@ -121,6 +116,16 @@ pub async fn run(config: Config, process: Process) -> anyhow::Result<()> {
     started.finish().await;
     withdraw(&config.state, ROLE)?;
     Ok(())
+}
+
+fn identity_config(config: &Config) -> IdentityConfig {
+    IdentityConfig {
+        federation: config.federation.address.clone(),
+        ca: config.federation.ca.clone(),
+        first_proof: FirstProof::of(config.join.as_ref(), config.token.as_ref()),
+        asked: Asked::Role(Role::Gateway),
+        state: config.state.clone(),
+    }
 }
 
 async fn start_admin(config: &Config, process: &Process, shown: &Shown) -> anyhow::Result<Admin> {
@@ -218,6 +223,12 @@ async fn start(
     tasks.spawn(tell(discovery.clone(), reports));
     tasks.spawn(reports::report_tunnels(gateway.clone(), discovery.clone()));
     tasks.spawn(reports::follow_federation(gateway.meters.clone(), discovery.status()));
+    if let Some(bound) = config.unmeshed {
+        let svid = identity::unmeshed::start(&identity_config(config), gateway.svid.clone(), &gateway.trust)?;
+        let settings = unmeshed::Settings { bound, sources: config.unmeshed_sources.clone() };
+        let listeners = unmeshed::Listeners::new(gateway.clone(), svid, settings).await?;
+        tasks.spawn(listeners.run());
+    }
     Ok((Started { running, tasks, discovery }, sockets.watch))
 }
 

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use tombolo_core::id::{ClusterId, ServiceName, TrustDomain};
 use tombolo_core::refusal::Refusal;
 use tombolo_core::sni::LegTarget;
-use tombolo_leg::discovery::{Delivery, GatewaySnapshot, GatewayWelcome, PeerLink};
+use tombolo_leg::discovery::{Delivery, GatewaySnapshot, GatewayWelcome, PeerLink, Unmeshed};
 
 /// All that a gateway decides by. Replaced as a whole.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Snapshot {
     pub cluster: ClusterId,
     pub trust_domain: TrustDomain,
@@ -18,6 +18,8 @@ pub struct Snapshot {
     pub peers: BTreeMap<ClusterId, PeerLink>,
     /// Where each port of a service is delivered, and to which peers it is offered.
     pub deliveries: BTreeMap<(ServiceName, u16), Delivery>,
+    /// What is done for workloads without a sidecar.
+    pub unmeshed: Unmeshed,
 }
 
 /// Which cluster a leg comes from, as the connection that brought it proves.
@@ -36,6 +38,7 @@ impl Snapshot {
             federation_leg_address: Some(welcome.federation_leg_address).filter(|address| !address.is_empty()),
             peers: state.peers,
             deliveries: state.deliveries,
+            unmeshed: state.unmeshed,
         }
     }
 

@@ -392,6 +392,7 @@ async fn a_gateway_gets_its_snapshot_and_relays_peerings() {
         advertise: vec!["192.0.2.1:15443".into()],
         ingress_address: "127.0.0.1:1".into(),
         watch_address: "127.0.0.1:2".into(),
+        unmeshed_address: None,
     };
     let federation = running.federation(running.east.svid("tombolo/gateway/g1"));
     let (discovery, mut commands) = GatewayDiscovery::start(federation, hello);
@@ -414,6 +415,7 @@ async fn a_gateway_gets_its_snapshot_and_relays_peerings() {
         peers: vec![link],
         deliveries: vec![delivery],
         bundles: Some(wire::Bundles { bundles: vec![bundle] }),
+        unmeshed: None,
     };
     tell(GatewayTell::Snapshot(snapshot)).await.unwrap();
     let snapshot = bounded(discovery.snapshot().wait_for(Option::is_some)).await.unwrap().clone().unwrap();
@@ -437,6 +439,7 @@ async fn a_gateway_gets_its_snapshot_and_relays_peerings() {
         last_error: String::new(),
         remote_gateway: None,
         addresses: Vec::new(),
+        mtu: 1_452,
     };
     discovery.report_tunnels(vec![report]);
     let (mut hello, mut answer, mut up) = (false, false, false);

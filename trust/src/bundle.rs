@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use data_encoding::BASE64;
+use jiff::Timestamp;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use tombolo_api::proto::catalog;
@@ -15,6 +16,7 @@ use crate::atomic;
 use crate::certificate::{Refused, read_leaf, read_root};
 use crate::peering::sha256;
 use crate::store::{Anchors, Usage};
+use crate::svid::timestamp;
 
 /// Most roots that one trust domain may publish at a time.
 pub const ROOTS_MAX: usize = 16;
@@ -87,6 +89,12 @@ impl Bundle {
     /// Sorted by their DER, each once.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
+    }
+
+    /// When each root expires, in their order.
+    pub fn roots_expire(&self) -> Vec<Timestamp> {
+        let roots = self.roots().iter().filter_map(|root| read_root(root).ok());
+        roots.map(|root| timestamp(root.not_after)).collect()
     }
 
     /// What `tombolo_core::bundle::accept` compares.

@@ -24,6 +24,7 @@ use crate::tls::{ServerExpectation, client_config};
 
 mod exchange;
 mod persisted;
+pub mod unmeshed;
 
 use exchange::{Exchange, ExchangeError};
 use persisted::Persisted;

@@ -164,6 +164,30 @@ impl Issuer {
         now: Timestamp,
         revoked: &BTreeSet<SpiffeId>,
     ) -> Result<Issued, IssueRefusal> {
+        let (csr, leaf) = self.prove(chain_der, csr_der, now)?;
+        self.issue(&csr, &leaf.id, now, revoked)
+    }
+
+    /// Issues the identity under which a gateway begins legs for workloads without a sidecar. The gateway proves itself
+    /// as for a renewal, and has one key for both.
+    pub fn issue_unmeshed(
+        &self,
+        chain_der: &[Vec<u8>],
+        csr_der: &[u8],
+        now: Timestamp,
+        revoked: &BTreeSet<SpiffeId>,
+    ) -> Result<Issued, IssueRefusal> {
+        let (csr, leaf) = self.prove(chain_der, csr_der, now)?;
+        let detail = "only a gateway speaks for workloads without a sidecar";
+        let refused = Refused { refusal: Refusal::WrongRole, detail };
+        let unmeshed = leaf.id.unmeshed_of().ok_or(IssueRefusal::Proof(refused))?;
+        if revoked.contains(&leaf.id) {
+            return Err(IssueRefusal::Revoked(leaf.id));
+        }
+        self.issue(&csr, &unmeshed, now, revoked)
+    }
+
+    fn prove(&self, chain_der: &[Vec<u8>], csr_der: &[u8], now: Timestamp) -> Result<(CheckedCsr, Leaf), IssueRefusal> {
         let csr = CheckedCsr::new(csr_der)?;
         let chain: Vec<CertificateDer<'_>> = chain_der.iter().map(|der| der.as_slice().into()).collect();
         let leaf = read_leaf(&chain).map_err(IssueRefusal::Proof)?;
@@ -171,7 +195,7 @@ impl Issuer {
         if leaf.public_key != csr.public_key_der() {
             return Err(IssueRefusal::OtherKey);
         }
-        self.issue(&csr, &leaf.id, now, revoked)
+        Ok((csr, leaf))
     }
 
     fn verify_own(&self, chain: &[CertificateDer<'_>], leaf: &Leaf, now: Timestamp) -> Result<(), IssueRefusal> {

@@ -1,18 +1,20 @@
 //! Kubernetes' shapes to core's declared objects; what core can't hold is refused with the field's name.
 
-use k8s_openapi::api::core::v1::{Service, ServicePort as KubernetesPort};
+use k8s_openapi::api::core::v1::{Namespace, Service, ServicePort as KubernetesPort};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use tombolo_core::id::{ClusterId, InstanceName, InvalidName, ServiceName};
 use tombolo_core::invitation::is_address;
 use tombolo_core::model::{AppProtocol, Authority, ServicePort, SessionAffinity, Transport};
+use tombolo_core::policy::access::DefaultAccess;
 use tombolo_core::source::declared::{
-    DeclaredBundle, DeclaredEndpoint, DeclaredExport, DeclaredPeer, DeclaredService, DeclaredSlice, Object, ServiceType,
+    DeclaredBundle, DeclaredEndpoint, DeclaredExport, DeclaredNamespace, DeclaredPeer, DeclaredService, DeclaredSlice,
+    Object, ServiceType,
 };
 
 use super::{
     ClusterPeer, DEFAULT_NAMESPACE, Resource, SERVICE_ACCOUNTS_ANNOTATION, SERVICE_NAME_LABEL, ServiceExport,
-    WEIGHT_ANNOTATION, route,
+    UNMESHED_ANNOTATION, WEIGHT_ANNOTATION, route,
 };
 
 /// Largest weight of an endpoint.
@@ -26,6 +28,7 @@ pub fn declared(resource: Resource, own: &ClusterId) -> Result<Option<Object>, S
     let object = match resource {
         Resource::HttpRoute(written) => return Ok(route::route(*written, own)?.map(Object::Policy)),
         Resource::GrpcRoute(written) => return Ok(route::route(*written, own)?.map(Object::Policy)),
+        Resource::Namespace(namespace) => return Ok(namespace_of(&namespace)?.map(Object::Namespace)),
         Resource::Service(service) => service_of(*service).map(Object::Service),
         Resource::EndpointSlice(slice) => slice_of(*slice).map(Object::Slice),
         Resource::ServiceExport(export) => export_of(&export).map(Object::Export),
@@ -121,7 +124,28 @@ fn endpoint_of(slice: &str, endpoint: Endpoint, weight: u32) -> Result<DeclaredE
 }
 
 fn export_of(export: &ServiceExport) -> Result<DeclaredExport, String> {
-    Ok(DeclaredExport { service: name_of("ServiceExport", &export.metadata, None)? })
+    let service = name_of("ServiceExport", &export.metadata, None)?;
+    let unmeshed = unmeshed(&export.metadata).map_err(|reason| format!("ServiceExport {service}: {reason}"))?;
+    Ok(DeclaredExport { service, unmeshed })
+}
+
+fn namespace_of(namespace: &Namespace) -> Result<Option<DeclaredNamespace>, String> {
+    let name = namespace.metadata.name.as_deref().unwrap_or_default();
+    let wrong = |reason: String| format!("Namespace {name:?}: {reason}");
+    if !unmeshed(&namespace.metadata).map_err(wrong)? {
+        return Ok(None);
+    }
+    let name = name.parse().map_err(|error: InvalidName| wrong(error.to_string()))?;
+    Ok(Some(DeclaredNamespace { name }))
+}
+
+fn unmeshed(metadata: &ObjectMeta) -> Result<bool, String> {
+    match metadata.annotations.as_ref().and_then(|annotations| annotations.get(UNMESHED_ANNOTATION)).map(String::as_str)
+    {
+        Some("allow") => Ok(true),
+        None | Some("deny") => Ok(false),
+        Some(other) => Err(format!("{UNMESHED_ANNOTATION} {other:?} is not allow or deny")),
+    }
 }
 
 fn peer_of(peer: ClusterPeer) -> Result<DeclaredPeer, String> {
@@ -140,7 +164,11 @@ fn peer_of(peer: ClusterPeer) -> Result<DeclaredPeer, String> {
     Ok(DeclaredPeer {
         cluster: spec.cluster,
         trust_domain: spec.trust_domain,
-        authority: Authority { exports: spec.exports, imports: spec.imports },
+        authority: Authority {
+            exports: spec.exports,
+            imports: spec.imports,
+            unmeshed: spec.unmeshed == Some(DefaultAccess::Allow),
+        },
         default_access: spec.default_access,
         bundle,
         gateways: spec.gateways,

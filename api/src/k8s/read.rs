@@ -134,6 +134,7 @@ fn dispatch(raw: &Raw) -> Result<Option<Resource>, Unreadable> {
     };
     let group = version.split_once('/').map_or("", |(group, _)| group);
     let resource = match (version.as_str(), kind.as_str()) {
+        ("v1", "Namespace") => Resource::Namespace(raw.parse()?),
         ("v1", "Service") => Resource::Service(raw.parse()?),
         ("discovery.k8s.io/v1", "EndpointSlice") => Resource::EndpointSlice(raw.parse()?),
         ("multicluster.x-k8s.io/v1beta1" | "multicluster.x-k8s.io/v1alpha1", "ServiceExport") => {

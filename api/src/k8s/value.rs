@@ -14,6 +14,7 @@ pub fn from_value(api_version: &str, kind: &str, mut object: Value) -> Result<Op
     }
     let group = api_version.split_once('/').map_or("", |(group, _)| group);
     Ok(Some(match (group, kind) {
+        ("", "Namespace") => Resource::Namespace(read(kind, object)?),
         ("", "Service") => Resource::Service(read(kind, object)?),
         ("discovery.k8s.io", "EndpointSlice") => Resource::EndpointSlice(read(kind, object)?),
         (MULTICLUSTER_GROUP, "ServiceExport") => Resource::ServiceExport(read(kind, object)?),

@@ -2,6 +2,7 @@
 //! Unix socket, `explain` a sidecar.
 
 pub mod backup;
+pub mod check;
 pub mod client;
 pub mod crds;
 pub mod explain;

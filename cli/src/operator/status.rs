@@ -1,5 +1,7 @@
 //! `tombolo status`: what this cluster is, knows and does, in tables or as JSON.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 use tombolo_api::proto::operator::{ServiceRow, StatusRequest, StatusResponse};
 
@@ -107,6 +109,14 @@ fn print_services(services: &[ServiceRow]) {
     for service in services.iter().filter(|service| !service.conflicts.is_empty()) {
         anstream::println!("  {}: conflict: {}", service.service, service.conflicts.join(", "));
     }
+    for service in services {
+        for (port, listen) in service.listeners.iter().collect::<BTreeMap<_, _>>() {
+            anstream::println!(
+                "  {}:{port}: port {listen} of the gateways, for whoever has no sidecar",
+                service.service
+            );
+        }
+    }
 }
 
 fn to_json(status: &StatusResponse) -> Value {
@@ -136,6 +146,7 @@ fn to_json(status: &StatusResponse) -> Value {
                 "shares": shares,
                 "conflicts": service.conflicts,
                 "excluded": service.excluded,
+                "listeners": service.listeners.iter().collect::<BTreeMap<_, _>>(),
             })
         })
         .collect();
@@ -148,6 +159,7 @@ fn to_json(status: &StatusResponse) -> Value {
                 "connected": row.connected,
                 "ingressAddress": row.ingress_address,
                 "advertise": row.advertise,
+                "unmeshedAddress": row.unmeshed_address,
                 "tunnels": row.tunnels.len(),
             })
         })

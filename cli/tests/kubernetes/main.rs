@@ -12,6 +12,7 @@ mod source;
 mod store;
 #[path = "../support/mod.rs"]
 mod support;
+mod unmeshed;
 
 use std::net::SocketAddr;
 

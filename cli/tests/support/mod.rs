@@ -6,6 +6,7 @@ pub mod app;
 pub mod netns;
 pub mod process;
 pub mod resolver;
+pub mod unmeshed;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -8,8 +8,9 @@ use std::str::FromStr;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::Number;
 use super::mesh::Holder;
-use super::{Number, Ranges};
+use super::ports::PortOwner;
 use crate::catalog::ServiceView;
 use crate::id::{ClusterId, EndpointId, ServiceName};
 use crate::model::ServiceKind;
@@ -102,25 +103,30 @@ struct Held {
     gone: Option<Timestamp>,
 }
 
-/// All numbers that are held or rest. This is what has to be durable before anybody is told.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Allocations {
-    held: BTreeMap<Owner, Held>,
+/// Numbers of one kind that are held or rest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", bound(deserialize = "O: Deserialize<'de> + Ord"))]
+pub struct Table<O> {
+    held: BTreeMap<O, Held>,
     /// The number handed out last: the search goes on behind it, so that those given back are the last to be used again.
     last: u32,
 }
 
-impl Allocations {
-    /// Makes exactly `wanted` hold numbers. Returns the owners for whom there was none left; they get one as soon as
-    /// there is.
-    pub fn observe(&mut self, wanted: &BTreeSet<Owner>, ranges: &Ranges, now: Timestamp) -> BTreeSet<Owner> {
-        let count = ranges.count();
+impl<O> Default for Table<O> {
+    fn default() -> Self {
+        Self { held: BTreeMap::new(), last: 0 }
+    }
+}
+
+impl<O: Ord + Clone + fmt::Display> Table<O> {
+    /// Makes exactly `wanted` hold numbers below `count`. Returns the owners for whom there was none left; they get one
+    /// as soon as there is.
+    pub fn observe(&mut self, wanted: &BTreeSet<O>, count: u32, now: Timestamp) -> BTreeSet<O> {
         self.held.retain(|_, held| held.number.0 < count && !held.has_rested(now));
         for (owner, held) in &mut self.held {
             held.gone = if wanted.contains(owner) { None } else { held.gone.or(Some(now)) };
         }
-        let new: Vec<&Owner> = wanted.iter().filter(|owner| !self.held.contains_key(*owner)).collect();
+        let new: Vec<&O> = wanted.iter().filter(|owner| !self.held.contains_key(*owner)).collect();
         if new.is_empty() {
             return BTreeSet::new();
         }
@@ -139,12 +145,12 @@ impl Allocations {
         without
     }
 
-    pub fn number(&self, owner: &Owner) -> Option<Number> {
+    pub fn number(&self, owner: &O) -> Option<Number> {
         self.held.get(owner).filter(|held| held.gone.is_none()).map(|held| held.number)
     }
 
     /// Numbers in use, without those that rest.
-    pub fn in_use(&self) -> impl Iterator<Item = (&Owner, Number)> {
+    pub fn in_use(&self) -> impl Iterator<Item = (&O, Number)> {
         self.held.iter().filter(|(_, held)| held.gone.is_none()).map(|(owner, held)| (owner, held.number))
     }
 
@@ -153,8 +159,7 @@ impl Allocations {
         self.held.values().filter(|held| held.gone.is_some()).count()
     }
 
-    /// Why this can't be a state that was ever written; nothing when it can.
-    pub fn check(&self) -> Result<(), String> {
+    fn check(&self) -> Result<(), String> {
         let mut seen = BTreeMap::new();
         for (owner, held) in &self.held {
             if held.number.0 == 0 {
@@ -165,6 +170,28 @@ impl Allocations {
             }
         }
         Ok(())
+    }
+
+    fn is_unused(&self) -> bool {
+        self.held.is_empty() && self.last == 0
+    }
+}
+
+/// All numbers that are held or rest. This is what has to be durable before anybody is told.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Allocations {
+    #[serde(flatten)]
+    pub addresses: Table<Owner>,
+    /// Of gateways' listeners for workloads without a sidecar.
+    #[serde(default, skip_serializing_if = "Table::is_unused")]
+    pub listeners: Table<PortOwner>,
+}
+
+impl Allocations {
+    /// Why this can't be a state that was ever written; nothing when it can.
+    pub fn check(&self) -> Result<(), String> {
+        self.addresses.check().and_then(|()| self.listeners.check())
     }
 }
 
@@ -177,6 +204,7 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addresses::Ranges;
     use proptest::prelude::*;
 
     fn at(hours: i64) -> Timestamp {
@@ -188,7 +216,7 @@ mod tests {
     }
 
     fn number(held: &Allocations, name: &str) -> Option<u32> {
-        held.number(&name.parse().unwrap()).map(|number| number.0)
+        held.addresses.number(&name.parse().unwrap()).map(|number| number.0)
     }
 
     #[test]
@@ -205,22 +233,22 @@ mod tests {
     fn what_was_given_back_rests_for_a_day() {
         let ranges = Ranges { ipv4: "240.1.0.0/28".parse().unwrap(), ..Ranges::default() };
         let mut held = Allocations::default();
-        assert!(held.observe(&set(&["a/web", "a/db"]), &ranges, at(0)).is_empty());
+        assert!(held.addresses.observe(&set(&["a/web", "a/db"]), ranges.count(), at(0)).is_empty());
         assert_eq!((number(&held, "a/db"), number(&held, "a/web")), (Some(1), Some(2)));
-        held.observe(&set(&["a/db"]), &ranges, at(1));
-        assert_eq!((number(&held, "a/web"), held.resting()), (None, 1));
+        held.addresses.observe(&set(&["a/db"]), ranges.count(), at(1));
+        assert_eq!((number(&held, "a/web"), held.addresses.resting()), (None, 1));
         // It comes back within the day, and has the number that it had.
-        held.observe(&set(&["a/db", "a/web"]), &ranges, at(20));
+        held.addresses.observe(&set(&["a/db", "a/web"]), ranges.count(), at(20));
         assert_eq!(number(&held, "a/web"), Some(2));
-        held.observe(&set(&["a/db"]), &ranges, at(21));
+        held.addresses.observe(&set(&["a/db"]), ranges.count(), at(21));
         // The others go round the rest of the range, and the resting number is not among what they get.
         let many: Vec<String> = (0..14).map(|n| format!("b/web-{n:02}")).collect();
         let mut wanted: Vec<&str> = many.iter().map(String::as_str).collect();
         wanted.push("a/db");
-        let without = held.observe(&set(&wanted), &ranges, at(44));
+        let without = held.addresses.observe(&set(&wanted), ranges.count(), at(44));
         assert_eq!(without, set(&["b/web-13"]));
-        assert!(held.in_use().all(|(_, number)| number.0 != 2));
-        let without = held.observe(&set(&wanted), &ranges, at(45));
+        assert!(held.addresses.in_use().all(|(_, number)| number.0 != 2));
+        let without = held.addresses.observe(&set(&wanted), ranges.count(), at(45));
         assert!(without.is_empty());
         assert_eq!(number(&held, "b/web-13"), Some(2));
     }
@@ -230,10 +258,10 @@ mod tests {
         let mut held = Allocations::default();
         let many: Vec<String> = (0..30).map(|n| format!("b/web-{n:02}")).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
-        held.observe(&set(&many), &Ranges::default(), at(0));
+        held.addresses.observe(&set(&many), Ranges::default().count(), at(0));
         let small = Ranges { ipv4: "240.1.0.0/28".parse().unwrap(), ..Ranges::default() };
-        assert_eq!(held.observe(&set(&many), &small, at(1)).len(), 15);
-        assert!(held.in_use().all(|(_, number)| (1..16).contains(&number.0)));
+        assert_eq!(held.addresses.observe(&set(&many), small.count(), at(1)).len(), 15);
+        assert!(held.addresses.in_use().all(|(_, number)| (1..16).contains(&number.0)));
     }
 
     #[test]
@@ -262,16 +290,16 @@ mod tests {
                 hour += hours;
                 let wanted: BTreeSet<Owner> =
                     wanted.iter().map(|n| format!("ns/web-{n}").parse().unwrap()).collect();
-                let without = held.observe(&wanted, &ranges, at(hour));
+                let without = held.addresses.observe(&wanted, ranges.count(), at(hour));
                 if restart {
                     held = serde_json::from_str(&serde_json::to_string(&held).unwrap()).unwrap();
                 }
                 held.check().unwrap();
                 let now: BTreeMap<Owner, u32> =
-                    held.in_use().map(|(owner, number)| (owner.clone(), number.0)).collect();
+                    held.addresses.in_use().map(|(owner, number)| (owner.clone(), number.0)).collect();
                 prop_assert_eq!(now.len() + without.len(), wanted.len());
                 // Nobody goes without while a number neither is in use nor rests.
-                prop_assert!(without.is_empty() || now.len() + held.resting() == 15);
+                prop_assert!(without.is_empty() || now.len() + held.addresses.resting() == 15);
                 for (owner, number) in &now {
                     prop_assert!((1..16).contains(number));
                     if let Some(before) = before.get(owner) {

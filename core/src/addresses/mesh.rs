@@ -139,11 +139,16 @@ pub struct MeshAddresses {
     ranges: Option<Ranges>,
     blocks: Arc<BTreeMap<u32, Arc<Block>>>,
     complete: bool,
+    /// Addresses outside the ranges that services have beside theirs: in Kubernetes the ClusterIPs of imports.
+    imported: Arc<BTreeMap<IpAddr, ServiceName>>,
 }
 
 impl MeshAddresses {
     /// What an address is to the mesh, at once.
     pub fn lookup(&self, address: IpAddr) -> Lookup {
+        if let Some(service) = self.imported.get(&address.to_canonical()) {
+            return Lookup::Mesh(service.clone());
+        }
         let Some(ranges) = &self.ranges else {
             return if could_be_virtual(address) { Lookup::NotReadyYet } else { Lookup::NotMesh };
         };
@@ -199,8 +204,13 @@ impl MeshAddresses {
     /// The ranges were told. Others than before make everything unknown again.
     pub fn handle_ranges(&mut self, ranges: Ranges) {
         if self.ranges != Some(ranges) {
-            *self = Self { ranges: Some(ranges), ..Self::default() };
+            *self = Self { ranges: Some(ranges), imported: self.imported.clone(), ..Self::default() };
         }
+    }
+
+    /// All addresses outside the ranges that are the mesh's.
+    pub fn handle_imported(&mut self, imported: BTreeMap<IpAddr, ServiceName>) {
+        self.imported = Arc::new(imported);
     }
 
     /// A block was told; an empty one holds no number any more.
@@ -292,6 +302,19 @@ mod tests {
         check(&mesh, "240.1.0.1", Lookup::NotReadyYet);
         mesh.handle_ranges(Ranges { ipv4: "240.2.0.0/16".parse().unwrap(), ..Ranges::default() });
         assert!(!mesh.is_complete());
+    }
+
+    #[test]
+    fn an_imported_address_is_the_services_whatever_else_is_known() {
+        let mut mesh = MeshAddresses::default();
+        mesh.handle_imported([("10.96.0.7".parse().unwrap(), service("shop/web"))].into());
+        check(&mesh, "10.96.0.7", Lookup::Mesh(service("shop/web")));
+        check(&mesh, "::ffff:10.96.0.7", Lookup::Mesh(service("shop/web")));
+        check(&mesh, "10.96.0.8", Lookup::NotMesh);
+        mesh.handle_ranges(Ranges::default());
+        check(&mesh, "10.96.0.7", Lookup::Mesh(service("shop/web")));
+        mesh.handle_imported(BTreeMap::new());
+        check(&mesh, "10.96.0.7", Lookup::NotMesh);
     }
 
     #[test]

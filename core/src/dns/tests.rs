@@ -44,6 +44,7 @@ fn share(cluster: &str, kind: ServiceKind, endpoints: &[(&str, Option<&str>, boo
             ports: ports.into(),
             server_ids: BTreeSet::new(),
             endpoints: endpoints.iter().map(endpoint).collect(),
+            unmeshed: false,
             routes: Vec::new(),
         },
     }
@@ -51,7 +52,7 @@ fn share(cluster: &str, kind: ServiceKind, endpoints: &[(&str, Option<&str>, boo
 
 fn records(shares: &[ClusterShare], whole: Option<VirtualAddress>) -> Option<ServiceRecords> {
     let of = |_: &ClusterId, endpoint: &EndpointId| endpoint.as_str().trim_start_matches('e').parse().ok().map(address);
-    ServiceRecords::of(shares.iter(), whole, of)
+    ServiceRecords::of(shares.iter(), whole.map(Into::into), of)
 }
 
 fn whole() -> Known {
@@ -69,6 +70,19 @@ fn headless() -> Known {
         ClusterShare { freshness: Freshness::Draining, ..share("north", ServiceKind::Headless, &[("e7", None, true)]) },
     ];
     Known::Records(records(&shares, None).unwrap())
+}
+
+#[test]
+fn a_service_may_have_an_address_of_one_family_only() {
+    let place: Place = ["10.96.0.7", "10.96.0.8"].map(|address| address.parse().unwrap()).into_iter().collect();
+    assert_eq!((place.ipv4, place.ipv6), (Some("10.96.0.7".parse().unwrap()), None));
+    let shares = [share("east", ServiceKind::ClusterSetIp, &[])];
+    let known = Known::Records(ServiceRecords::of(shares.iter(), Some(place), |_, _| None).unwrap());
+    let subject = Subject::Service("shop/web".parse().unwrap());
+    assert_eq!(answer(&subject, RecordType::Aaaa, &known, 0), Answer::NoData);
+    assert!(
+        matches!(answer(&subject, RecordType::A, &known, 0), Answer::Records { answers, .. } if answers.len() == 1)
+    );
 }
 
 /// The answer in one line: records as `type:value`, those beside the answer in brackets.

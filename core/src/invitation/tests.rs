@@ -21,7 +21,7 @@ fn token() -> Token {
 }
 
 fn authority() -> Authority {
-    Authority { exports: vec![ServiceSelector::All], imports: vec![] }
+    Authority { exports: vec![ServiceSelector::All], imports: vec![], unmeshed: false }
 }
 
 fn open(now: Timestamp) -> (Invitations, InvitationId) {

@@ -147,6 +147,20 @@ impl PolicySet {
         own.filter(|route| route.resource.namespace == *service.namespace()).cloned().collect()
     }
 
+    /// Each resource that names services of which `is_known` knows none, with the first of them. Those of a whole namespace
+    /// name none.
+    pub fn unmatched(&self, is_known: impl Fn(&ServiceName) -> bool) -> BTreeMap<&Resource, &ServiceName> {
+        let mut unmatched = BTreeMap::new();
+        for (service, policies) in &self.of_service {
+            for policy in policies {
+                if !policy.services().into_iter().any(&is_known) {
+                    unmatched.entry(policy.resource()).or_insert(service);
+                }
+            }
+        }
+        unmatched
+    }
+
     fn all(&self, service: &ServiceName) -> impl Iterator<Item = &Policy> {
         let of_service = self.of_service.get(service).into_iter().flatten();
         of_service.chain(self.of_namespace.get(service.namespace()).into_iter().flatten())

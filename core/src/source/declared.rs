@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::id::{ClusterId, InstanceName, ServiceName, TrustDomain};
+use crate::id::{ClusterId, InstanceName, Namespace, ServiceName, TrustDomain};
 use crate::model::{Authority, ServicePort, SessionAffinity};
 use crate::policy::access::DefaultAccess;
 use crate::policy::set::Policy;
@@ -39,6 +39,8 @@ pub enum Object {
     Export(DeclaredExport),
     Peer(DeclaredPeer),
     Policy(Policy),
+    /// One that allows something for all exports in it; others are nobody's affair.
+    Namespace(DeclaredNamespace),
 }
 
 /// What of `Service.spec.type` and `clusterIP` matters to the mesh.
@@ -86,6 +88,14 @@ pub struct DeclaredEndpoint {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeclaredExport {
     pub service: ServiceName,
+    /// Gateways may call it for workloads that have no sidecar.
+    pub unmeshed: bool,
+}
+
+/// `Namespace` (v1) whose exports gateways may call for workloads that have no sidecar.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeclaredNamespace {
+    pub name: Namespace,
 }
 
 /// `ClusterPeer` (tombolo.dev/v1alpha1).

@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::declared::{Declared, DeclaredPeer, DeclaredService, DeclaredSlice, Object, Place, ServiceType};
+use super::declared::{
+    Declared, DeclaredExport, DeclaredPeer, DeclaredService, DeclaredSlice, Object, Place, ServiceType,
+};
 use super::{ExportRefused, LocalEndpoint, LocalService, LocalState, SourceProblem};
-use crate::id::{ClusterId, EndpointId, ServiceName, SpiffeId, TrustDomain};
+use crate::id::{ClusterId, EndpointId, Namespace, ServiceName, SpiffeId, TrustDomain};
 use crate::invitation::PEERS_MAX;
 use crate::model::{ServiceKind, ServicePort};
 use crate::policy::Resource;
@@ -64,8 +66,8 @@ pub fn reduce(mut objects: Vec<Declared>, problems: Vec<SourceProblem>, around: 
     for (place, slice) in &sorted.slices {
         reduction.slice(place, slice, &mut services);
     }
-    for (name, place) in &sorted.exports {
-        reduction.export(place, name, &sorted, &mut services);
+    for (place, export) in sorted.exports.values() {
+        reduction.export(place, export, &sorted, &mut services);
     }
     let policies = reduction.policies(&sorted);
     let peers = reduction.peers(&sorted);
@@ -101,7 +103,9 @@ fn bounded(mut problems: Vec<SourceProblem>) -> Vec<SourceProblem> {
 struct Sorted<'a> {
     services: BTreeMap<&'a ServiceName, (&'a Place, &'a DeclaredService)>,
     slices: Vec<(&'a Place, &'a DeclaredSlice)>,
-    exports: BTreeMap<&'a ServiceName, &'a Place>,
+    exports: BTreeMap<&'a ServiceName, (&'a Place, &'a DeclaredExport)>,
+    /// Those whose exports gateways may call for workloads without a sidecar.
+    unmeshed: BTreeMap<&'a Namespace, &'a Place>,
     peers: BTreeMap<&'a ClusterId, (&'a Place, &'a DeclaredPeer)>,
     policies: BTreeMap<&'a Resource, (&'a Place, &'a Policy)>,
 }
@@ -135,9 +139,10 @@ impl Reduction<'_> {
             }
             let first = match object {
                 Object::Service(service) => first_of(&mut sorted.services, &service.service, (place, service)),
-                Object::Export(export) => first_of(&mut sorted.exports, &export.service, place),
+                Object::Export(export) => first_of(&mut sorted.exports, &export.service, (place, export)),
                 Object::Peer(peer) => first_of(&mut sorted.peers, &peer.cluster, (place, peer)),
                 Object::Policy(policy) => first_of(&mut sorted.policies, policy.resource(), (place, policy)),
+                Object::Namespace(namespace) => first_of(&mut sorted.unmeshed, &namespace.name, place),
                 Object::Slice(slice) => {
                     let first = first_of(&mut slice_names, (&slice.service, slice.name.as_str()), place);
                     if first.is_none() {
@@ -159,7 +164,7 @@ impl Reduction<'_> {
             Object::Service(service) => &service.service,
             Object::Slice(slice) => &slice.service,
             Object::Export(export) => &export.service,
-            Object::Peer(_) | Object::Policy(_) => return false,
+            Object::Peer(_) | Object::Policy(_) | Object::Namespace(_) => return false,
         };
         let reserved = service.namespace().as_str() == SYSTEM_NAMESPACE;
         let is_export = matches!(object, Object::Export(_));
@@ -186,6 +191,7 @@ impl Reduction<'_> {
             ports: self.ports(place, declared),
             server_ids: self.server_ids(place, declared),
             endpoints: BTreeMap::new(),
+            unmeshed: false,
         }
     }
 
@@ -263,11 +269,13 @@ impl Reduction<'_> {
     fn export(
         &mut self,
         place: &Place,
-        name: &ServiceName,
+        export: &DeclaredExport,
         sorted: &Sorted<'_>,
         services: &mut BTreeMap<ServiceName, LocalService>,
     ) {
+        let name = &export.service;
         if let Some(service) = services.get_mut(name) {
+            service.unmeshed = export.unmeshed || sorted.unmeshed.contains_key(name.namespace());
             service.exported = Some(self.around.first_seen.get(name).copied().unwrap_or(self.around.now));
             return;
         }
@@ -369,6 +377,7 @@ fn described(object: &Object) -> (&'static str, String) {
         Object::Slice(slice) => ("EndpointSlice", slice.name.clone()),
         Object::Export(export) => ("ServiceExport", export.service.to_string()),
         Object::Peer(peer) => ("ClusterPeer", peer.cluster.to_string()),
+        Object::Namespace(namespace) => ("Namespace", namespace.name.to_string()),
         Object::Policy(policy) => {
             let Resource { kind, namespace, name, .. } = policy.resource();
             (kind.as_str(), format!("{namespace}/{name}"))

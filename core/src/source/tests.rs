@@ -46,14 +46,14 @@ fn name(text: &str) -> ServiceName {
 }
 
 fn export(name: &str) -> Object {
-    Object::Export(DeclaredExport { service: name.parse().unwrap() })
+    Object::Export(DeclaredExport { service: name.parse().unwrap(), unmeshed: false })
 }
 
 fn peer(cluster: &str, domain: Option<&str>) -> DeclaredPeer {
     DeclaredPeer {
         cluster: cluster.parse().unwrap(),
         trust_domain: domain.map(|domain| domain.parse().unwrap()),
-        authority: Authority { exports: vec![ServiceSelector::All], imports: vec![] },
+        authority: Authority { exports: vec![ServiceSelector::All], imports: vec![], unmeshed: false },
         default_access: None,
         bundle: None,
         gateways: vec![],

@@ -66,6 +66,7 @@ impl GatewayStream {
             advertise: advertise.map_err(malformed)?,
             ingress_address: wire::address("ingress_address", hello.ingress_address).map_err(malformed)?,
             watch_address: wire::address("watch_address", hello.watch_address).map_err(malformed)?,
+            unmeshed_address: hello.unmeshed_address.parse().ok(),
             commands,
             attached: Attached::Here,
         };

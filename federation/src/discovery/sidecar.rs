@@ -1,6 +1,7 @@
 //! The stream of one sidecar.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
@@ -48,6 +49,7 @@ struct Told {
     grants: Option<proto::InboundGrants>,
     registrations: BTreeMap<(String, u32), proto::RegistrationResult>,
     addresses: Option<Arc<Addresses>>,
+    imported: Option<Arc<BTreeMap<ServiceName, Vec<IpAddr>>>>,
     policies: Option<(Arc<PolicySet>, Arc<Defaults>)>,
     /// What decides about callers, for each registered service.
     inbound: BTreeMap<ServiceName, proto::InboundPolicies>,
@@ -229,6 +231,12 @@ impl SidecarStream {
         self.told.policies = Some((view.policies.clone(), view.access.clone()));
         self.tell_inbound_policies(&view, repoliced).await?;
         self.tell_registrations(&view).await?;
+        let reimported = self.told.imported.as_ref().map(Arc::as_ptr) != view.imported.as_ref().map(Arc::as_ptr);
+        if let Some(imported) = view.imported.as_ref().filter(|_| reimported) {
+            // First, since a sidecar is ready when it knows all the others.
+            self.told.imported = Some(imported.clone());
+            self.send(Kind::ImportedAddresses(wire::imported_addresses(imported))).await?;
+        }
         let addresses = view.addresses.as_ref();
         let renumbered = self.told.addresses.as_ref().map(Arc::as_ptr) != addresses.map(Arc::as_ptr);
         if let Some(addresses) = addresses.filter(|_| renumbered) {
@@ -264,7 +272,7 @@ impl SidecarStream {
         self.told.inbound.retain(|service, _| own.inbound_grants.contains_key(service));
         for service in own.inbound_grants.keys() {
             let told = self.told.inbound.get(service);
-            if told.is_some() && !repoliced {
+            if told.is_some_and(|told| !repoliced && told.unmeshed == wire::unmeshed_callers(view, service)) {
                 continue;
             }
             let policies = wire::inbound_policies(view, service);

@@ -320,6 +320,7 @@ impl Gateway {
             advertise: vec!["192.0.2.1:15443".into()],
             ingress_address: "127.0.0.1:15443".into(),
             watch_address: "127.0.0.1:15012".into(),
+            unmeshed_address: String::new(),
         };
         let hello = proto::GatewayRequest { kind: Some(gateway_request::Kind::Hello(hello)) };
         requests.send(hello).await.unwrap();

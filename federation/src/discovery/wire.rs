@@ -1,6 +1,7 @@
 //! Views of the hub as discovery tells them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use tombolo_api::convert::{InvalidMessage, name, port};
 use tombolo_api::policy::{defaults_to_wire, policies_to_wire};
@@ -8,6 +9,7 @@ use tombolo_api::proto::discovery as proto;
 use tombolo_core::addresses::Ranges;
 use tombolo_core::addresses::allocation::owners;
 use tombolo_core::addresses::mesh::Block;
+use tombolo_core::addresses::ports::PortOwner;
 use tombolo_core::catalog::ServiceView;
 use tombolo_core::id::{GatewayId, ServiceName, TrustDomain};
 use tombolo_core::model::{Freshness, Origin, Transport};
@@ -75,7 +77,24 @@ pub(super) fn service(view: &ServiceView, numbers: proto::ServiceNumbers) -> pro
 pub(super) fn inbound_policies(view: &View, service: &ServiceName) -> proto::InboundPolicies {
     let (deny_by_default, deny_by_default_of) = defaults_to_wire(&view.access);
     let policies = policies_to_wire(&view.policies.delivered(service));
-    proto::InboundPolicies { service: service.to_string(), policies, deny_by_default, deny_by_default_of }
+    let unmeshed = unmeshed_callers(view, service);
+    proto::InboundPolicies { service: service.to_string(), policies, deny_by_default, deny_by_default_of, unmeshed }
+}
+
+/// The clusters whose workloads without a sidecar may call a service that is delivered here.
+pub(super) fn unmeshed_callers(view: &View, service: &ServiceName) -> Vec<String> {
+    let known = view.services.get(service).into_iter();
+    known.flat_map(|known| &known.unmeshed).map(ToString::to_string).collect()
+}
+
+pub(super) fn imported_addresses(imported: &BTreeMap<ServiceName, Vec<IpAddr>>) -> proto::ImportedAddresses {
+    let pairs =
+        imported.iter().flat_map(|(service, addresses)| addresses.iter().map(move |address| (service, address)));
+    let one = |(service, address): (&ServiceName, &IpAddr)| proto::ImportedAddress {
+        address: address.to_string(),
+        service: service.to_string(),
+    };
+    proto::ImportedAddresses { addresses: pairs.map(one).collect() }
 }
 
 /// The numbers of a service, or of its endpoints, as far as they have any.
@@ -119,7 +138,33 @@ pub(super) fn snapshot(view: &View) -> proto::GatewaySnapshot {
         peers: view.peers.values().map(|one| peer(one)).collect(),
         deliveries: offered.flat_map(|service| deliveries(service)).collect(),
         bundles: Some(bundles(view)),
+        unmeshed: unmeshed(view),
     }
+}
+
+/// What gateways do for workloads without a sidecar; nothing where no port of any service may be called by them.
+fn unmeshed(view: &View) -> Option<proto::Unmeshed> {
+    let listeners = &view.addresses.as_ref()?.listeners;
+    // A service that went a moment ago still has its ports.
+    let known = |owner: &&PortOwner| view.services.contains_key(&owner.service);
+    let services: BTreeSet<&ServiceName> = listeners.keys().filter(known).map(|owner| &owner.service).collect();
+    let allowing = |name: &ServiceName| {
+        let mut service = ServiceView::clone(&view.services[name]);
+        service.shares.retain(|share| share.export.unmeshed);
+        // Requests can't be told apart where bytes are carried.
+        service.shares.iter_mut().for_each(|share| share.export.routes.clear());
+        self::service(&service, proto::ServiceNumbers::default())
+    };
+    let listener = |owner: &PortOwner| proto::Listener {
+        listen: listeners[owner].into(),
+        service: owner.service.to_string(),
+        port: owner.port.into(),
+    };
+    (!services.is_empty()).then(|| proto::Unmeshed {
+        listeners: listeners.keys().filter(known).map(listener).collect(),
+        services: services.into_iter().map(allowing).collect(),
+        meshed: view.meshed.iter().map(ToString::to_string).collect(),
+    })
 }
 
 /// Every TCP port of an offered service, with the endpoints that deliver it; perhaps none.
@@ -177,6 +222,7 @@ pub(crate) fn tunnel(wire: proto::TunnelState) -> Result<TunnelView, InvalidMess
         remote_address: wire.remote_address.chars().take(ADDRESS_LEN_MAX).collect(),
         dialled_here: wire.dialled_here,
         legs: wire.legs,
+        mtu: wire.mtu,
         last_error: wire.last_error.chars().take(ERROR_LEN_MAX).collect(),
         resolved: wire.resolved.iter().take(RESOLVED_MAX).filter_map(|address| address.parse().ok()).collect(),
     })

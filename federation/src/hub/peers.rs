@@ -25,6 +25,7 @@ pub(super) struct Peer {
     heard: Instant,
     /// When the peer last said anything to this process.
     last_heard: Option<Instant>,
+    clock_ahead_ms: Option<i64>,
     freshness: Freshness,
     /// The bundle in force: the one of the peering, or a later one.
     pub(super) bundle: Option<Bundle>,
@@ -66,6 +67,7 @@ impl State {
             publication,
             heard: now,
             last_heard: None,
+            clock_ahead_ms: None,
             freshness: Freshness::Fresh,
             bundle: None,
             last_refusal: None,
@@ -174,6 +176,13 @@ impl State {
         (self.dirty.publish, self.dirty.view) = (true, true);
     }
 
+    pub(super) fn handle_clock(&mut self, cluster: &ClusterId, ahead_ms: i64) {
+        if let Some(peer) = self.peers.get_mut(cluster) {
+            peer.clock_ahead_ms = Some(ahead_ms);
+            self.dirty.quiet = true;
+        }
+    }
+
     fn imported_bundle(&self, cluster: &ClusterId) -> Option<Bundle> {
         let roots = self.catalog.import(cluster)?.roots()?;
         bundle_of(roots).inspect_err(|error| tracing::error!(%cluster, %error, "the bundle that is held is bad")).ok()
@@ -252,6 +261,7 @@ impl State {
             freshness: (import.position().epoch > 0).then_some(peer.freshness),
             position: import.position(),
             last_heard: peer.last_heard,
+            clock_ahead_ms: peer.clock_ahead_ms,
             last_refusal: peer.last_refusal.clone(),
             refused_exports: refused.collect(),
             acked: peer.acked,

@@ -4,6 +4,7 @@
 //! have connected again, only with a gap.
 
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +37,8 @@ pub struct RememberedGateway {
     pub advertise: Vec<String>,
     pub ingress_address: String,
     pub watch_address: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unmeshed_address: Option<IpAddr>,
 }
 
 /// Reads what [`follow`] wrote below the state directory; nothing if there is none or it can't be read.

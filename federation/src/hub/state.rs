@@ -1,12 +1,13 @@
 //! The state itself and what each input does to it. Nothing here waits or performs I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tombolo_core::catalog::Catalog;
-use tombolo_core::id::{ClusterId, GatewayId, SpiffeId, TrustDomain};
+use tombolo_core::id::{ClusterId, GatewayId, ServiceName, SpiffeId, TrustDomain};
 use tombolo_core::model::GatewayAddress;
 use tombolo_core::policy::access::{DefaultAccess, Defaults};
 use tombolo_core::publish::{Published, Revocations, Update};
@@ -57,6 +58,7 @@ struct Gateway {
     advertise: Vec<String>,
     ingress_address: String,
     watch_address: String,
+    unmeshed_address: Option<IpAddr>,
     commands: mpsc::Sender<PeeringCommand>,
     attached: Attached,
     tunnels: Vec<TunnelView>,
@@ -100,6 +102,7 @@ pub(super) struct State {
     gateways: BTreeMap<GatewayId, Gateway>,
     bundles_in_force: BTreeMap<SessionId, BTreeMap<TrustDomain, u64>>,
     addresses: Option<Arc<Addresses>>,
+    imported: Option<Arc<BTreeMap<ServiceName, Vec<IpAddr>>>>,
     default_access: DefaultAccess,
     view: Arc<View>,
 }
@@ -117,10 +120,12 @@ impl State {
             policies: Arc::default(),
             access: Arc::default(),
             addresses: None,
+            imported: None,
             peers: Arc::default(),
             gateways: Arc::default(),
             sidecars: Arc::default(),
             sessions: Arc::default(),
+            meshed: Arc::default(),
             bundles: Arc::default(),
             revoked: Arc::default(),
             revocation_sequence: 0,
@@ -149,6 +154,7 @@ impl State {
             gateways: BTreeMap::new(),
             bundles_in_force: BTreeMap::new(),
             addresses: None,
+            imported: None,
             default_access,
             view: Arc::new(view),
         };
@@ -162,7 +168,8 @@ impl State {
     fn restore(&mut self, remembered: Remembered, ends: Instant) {
         self.registry.restore(remembered.sidecars, ends);
         for gateway in remembered.gateways.into_iter().take(GATEWAYS_MAX) {
-            let RememberedGateway { gateway, spiffe_id, advertise, ingress_address, watch_address } = gateway;
+            let RememberedGateway { gateway, spiffe_id, advertise, ingress_address, watch_address, unmeshed_address } =
+                gateway;
             // Nobody takes commands until the gateway is back.
             let (commands, _) = mpsc::channel(1);
             let held = Gateway {
@@ -171,6 +178,7 @@ impl State {
                 advertise,
                 ingress_address,
                 watch_address,
+                unmeshed_address,
                 commands,
                 attached: Attached::Elsewhere(0),
                 tunnels: Vec::new(),
@@ -189,6 +197,7 @@ impl State {
             advertise: gateway.advertise.clone(),
             ingress_address: gateway.ingress_address.clone(),
             watch_address: gateway.watch_address.clone(),
+            unmeshed_address: gateway.unmeshed_address,
         };
         Remembered { sidecars: self.registry.remembered(), gateways: self.gateways.iter().map(gateway).collect() }
     }
@@ -207,6 +216,11 @@ impl State {
             Input::PeerRemoved(cluster, done) => {
                 self.handle_peer_removed(&cluster);
                 self.answers.push(done);
+            }
+            Input::Clock(cluster, ahead_ms) => self.handle_clock(&cluster, ahead_ms),
+            Input::Imported(addresses) => {
+                self.imported = Some(addresses);
+                self.dirty.view = true;
             }
             Input::Addressed(addresses, done) => {
                 self.addresses = Some(addresses);
@@ -366,7 +380,8 @@ impl State {
     }
 
     fn handle_gateway_joined(&mut self, session: SessionId, join: GatewayJoin) {
-        let GatewayJoin { gateway, spiffe_id, advertise, ingress_address, watch_address, commands, attached } = join;
+        let GatewayJoin { gateway, spiffe_id, advertise, ingress_address, watch_address, unmeshed_address, .. } = join;
+        let GatewayJoin { commands, attached, .. } = join;
         // What another replica tells may be late.
         let stands = |held: &Gateway| held.attached == Attached::Here && held.ends.is_none();
         if attached != Attached::Here && self.gateways.get(&gateway).is_some_and(stands) {
@@ -382,6 +397,7 @@ impl State {
             advertise,
             ingress_address,
             watch_address,
+            unmeshed_address,
             commands,
             attached,
             tunnels: Vec::new(),
@@ -481,6 +497,7 @@ impl State {
             peers: Arc::new(self.peers.keys().filter_map(|id| self.peer_view(id)).collect()),
             gateways: Arc::new(self.gateway_views(now)),
             sidecars: if seen { Arc::new(self.sidecar_views(&services)) } else { before.sidecars.clone() },
+            meshed: if seen { self.meshed() } else { before.meshed.clone() },
             services,
             policies: if *before.policies == *self.local.policies {
                 before.policies.clone()
@@ -489,6 +506,7 @@ impl State {
             },
             access: if *before.access == access { before.access.clone() } else { Arc::new(access) },
             addresses: self.addresses.clone(),
+            imported: self.imported.clone(),
             bundles: kept(bundles.collect()),
             revoked,
             revocation_sequence: self.revocations.sequence,
@@ -505,6 +523,7 @@ impl State {
                 advertise: gateway.advertise.clone(),
                 ingress_address: gateway.ingress_address.clone(),
                 watch_address: gateway.watch_address.clone(),
+                unmeshed_address: gateway.unmeshed_address,
                 connected: gateway.is_connected(now),
                 attached: gateway.attached,
                 tunnels: gateway.tunnels.clone(),
@@ -524,9 +543,15 @@ impl State {
         self.registry.connected().map(kept).collect()
     }
 
+    /// Keeps its allocation while it stays the same.
+    fn meshed(&self) -> Arc<BTreeSet<IpAddr>> {
+        let meshed = self.registry.addresses();
+        if *self.view.meshed == meshed { self.view.meshed.clone() } else { Arc::new(meshed) }
+    }
+
     fn sidecar_views(
         &self,
-        services: &BTreeMap<tombolo_core::id::ServiceName, Arc<tombolo_core::catalog::ServiceView>>,
+        services: &BTreeMap<ServiceName, Arc<tombolo_core::catalog::ServiceView>>,
     ) -> BTreeMap<SessionId, Arc<SidecarView>> {
         let mut verdicts = self.registry.verdicts(&self.local);
         let mut views = BTreeMap::new();

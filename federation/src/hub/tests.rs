@@ -45,7 +45,7 @@ impl Subject {
         let record = PeerRecord {
             cluster: cluster("west"),
             trust_domain: domains[1].clone(),
-            authority: Authority { exports: vec![], imports: vec![] },
+            authority: Authority { exports: vec![], imports: vec![], unmeshed: false },
             bundle: ca(1).bundle().to_wire(),
             gateways: vec![],
         };
@@ -74,6 +74,7 @@ impl Subject {
             advertise: vec!["192.0.2.1:1".into()],
             ingress_address: "127.0.0.1:1".into(),
             watch_address: "127.0.0.1:2".into(),
+            unmeshed_address: None,
             commands: mpsc::channel(1).0,
             attached: Attached::Here,
         };
@@ -91,6 +92,7 @@ impl Subject {
             legs: 0,
             last_error: String::new(),
             resolved: Vec::new(),
+            mtu: 0,
         };
         self.input(Input::Tunnels(SessionId(session), vec![tunnel]));
     }
@@ -165,7 +167,7 @@ fn a_peer_that_comes_back_never_sees_a_revision_twice() {
     let record = PeerRecord {
         cluster: cluster("west"),
         trust_domain: domain.clone(),
-        authority: Authority { exports: vec![], imports: vec![] },
+        authority: Authority { exports: vec![], imports: vec![], unmeshed: false },
         bundle,
         gateways: vec![],
     };

@@ -1,7 +1,7 @@
 //! The immutable readings that the hub publishes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -50,6 +50,8 @@ pub struct TunnelView {
     pub last_error: String,
     /// What the far gateway's names resolved to, where ours dials.
     pub resolved: Vec<SocketAddr>,
+    /// Octets of a datagram that the path carries, as far as was found out; 0 where it was not.
+    pub mtu: u32,
 }
 
 /// A gateway of this cluster.
@@ -61,6 +63,8 @@ pub struct GatewayView {
     pub advertise: Vec<String>,
     pub ingress_address: String,
     pub watch_address: String,
+    /// Where workloads without a sidecar reach its listeners, if it has any.
+    pub unmeshed_address: Option<IpAddr>,
     /// Whether its stream stands, or ended only a moment ago.
     pub connected: bool,
     pub attached: Attached,
@@ -99,6 +103,8 @@ pub struct PeerView {
     /// When the peer was last heard over sync by this process. Read it fresh: it moves without a new
     /// generation.
     pub last_heard: Option<Instant>,
+    /// How far the peer's clock is ahead, less the time that its message took.
+    pub clock_ahead_ms: Option<i64>,
     /// The last update of the peer that was refused here, and why.
     pub last_refusal: Option<String>,
     /// Exports that break a rule, and which.
@@ -125,9 +131,14 @@ pub struct View {
     pub access: Arc<Defaults>,
     /// Virtual addresses, all of them durable. `None` until the first were allocated.
     pub addresses: Option<Arc<Addresses>>,
+    /// What is imported into this cluster's API server, with the ClusterIPs that it has. `None` where there is none, and until
+    /// they are known.
+    pub imported: Option<Arc<BTreeMap<ServiceName, Vec<IpAddr>>>>,
     pub peers: Arc<BTreeMap<ClusterId, Arc<PeerView>>>,
     pub gateways: Arc<BTreeMap<GatewayId, Arc<GatewayView>>>,
     pub sidecars: Arc<BTreeMap<SessionId, Arc<SidecarView>>>,
+    /// Addresses at which sidecars have registered. Those of loopback are everybody's, and not among them.
+    pub meshed: Arc<BTreeSet<IpAddr>>,
     /// The same, as other replicas are told of them.
     pub sessions: Arc<BTreeMap<SessionId, Arc<Connected>>>,
     /// Own and peers' bundles by cluster, as they are in force.

@@ -9,6 +9,8 @@ mod mirror;
 mod objects;
 mod plan;
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tombolo_core::backoff::Backoff;
+use tombolo_core::id::ServiceName;
 use tombolo_core::source::{LocalState, SourceProblem};
 use tombolo_runtime::metrics::Metrics;
 use tombolo_runtime::metrics::prometheus_client::encoding::EncodeLabelSet;
@@ -62,6 +65,7 @@ pub struct Writer {
     again: Option<Instant>,
     /// What the hub was told last.
     told: Vec<SourceProblem>,
+    told_imported: Option<Arc<BTreeMap<ServiceName, Vec<IpAddr>>>>,
     /// They end with the writer.
     _watches: JoinSet<()>,
 }
@@ -99,6 +103,7 @@ impl Writer {
             backoff: Backoff::new(RETRY_FIRST, RETRY_LONGEST),
             again: None,
             told: Vec::new(),
+            told_imported: None,
             _watches: watches,
         }
     }
@@ -139,16 +144,28 @@ impl Writer {
         }
     }
 
+    async fn tell_imported(&mut self, imported: BTreeMap<ServiceName, Vec<IpAddr>>) -> Result<(), HubGone> {
+        if self.told_imported.as_deref() == Some(&imported) {
+            return Ok(());
+        }
+        let imported = Arc::new(imported);
+        self.told_imported = Some(imported.clone());
+        self.hub.imported(imported).await
+    }
+
     async fn step(&mut self) -> Result<(), HubGone> {
         let (view, local) = (self.hub.view(), self.source.borrow_and_update().clone());
+        let connected = view.gateways.values().filter(|gateway| gateway.connected);
         let known = Known {
             services: &view.services,
             local: &local,
             addresses: view.addresses.as_deref(),
+            gateways: &connected.filter_map(|gateway| gateway.unmeshed_address).collect(),
             mirror: &self.mirror,
             now: Timestamp::now(),
         };
-        let Plan { writes, mut problems } = plan(&known);
+        let Plan { writes, mut problems, imported } = plan(&known);
+        self.tell_imported(imported).await?;
         let (client, leadership) = (&self.client, &self.leadership);
         let versions = [Kind::ServiceImport, Kind::ServiceExport].map(|kind| self.mirror.api_version(kind));
         let write = |write: Write| async {

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tombolo_api::k8s::mcs::{ExportingCluster, ImportPort, ServiceImportSpec, ServiceImportStatus};
 use tombolo_api::k8s::{SERVICE_NAME_LABEL, mcs};
 use tombolo_core::addresses::allocation::Owner;
+use tombolo_core::addresses::ports::PortOwner;
 use tombolo_core::id::{ClusterId, InstanceName, ServiceName};
 use tombolo_core::mcs::{Import, Part};
 use tombolo_core::model::{AppProtocol, Endpoint, ServiceKind, ServicePort, SessionAffinity, Transport};
@@ -100,21 +101,34 @@ pub fn service(service: &ServiceName, import: &Import, owner: &OwnerReference) -
     }))
 }
 
+/// What endpoints in slices are made of.
+#[derive(Clone, Copy)]
+pub struct Reachable<'a> {
+    pub addresses: Option<&'a Addresses>,
+    /// Where gateways of this cluster listen for workloads without a sidecar.
+    pub gateways: &'a BTreeSet<IpAddr>,
+    pub is_ipv4: bool,
+}
+
 /// The slices of one cluster's part. They never hold an address of another cluster's network: those of a service with
-/// an address in the clusterset are empty, since there is nothing yet that a connection without a sidecar could be
-/// taken to, and those of a headless one hold the virtual addresses that its endpoints have here.
+/// an address in the clusterset hold the gateways of this one, where the export lets workloads without a sidecar call,
+/// and are empty elsewhere; those of a headless one hold the virtual addresses that its endpoints have here.
 pub fn slices(
     service: &ServiceName,
     import: &Import,
     (cluster, part): (&ClusterId, &Part),
-    addresses: Option<&Addresses>,
-    is_ipv4: bool,
+    reachable: Reachable<'_>,
     owner: &OwnerReference,
 ) -> Vec<Value> {
     let headless = import.kind == ServiceKind::Headless;
-    let endpoints: Vec<Value> = match addresses.filter(|_| headless) {
-        Some(addresses) => part.endpoints.iter().filter_map(|one| endpoint(service, cluster, one, addresses)).collect(),
-        None => Vec::new(),
+    let Reachable { addresses, is_ipv4, .. } = reachable;
+    let listeners = if part.unmeshed && !headless { listeners(service, part, reachable) } else { BTreeMap::new() };
+    let endpoints: Vec<Value> = match addresses {
+        Some(addresses) if headless => {
+            part.endpoints.iter().filter_map(|one| endpoint(service, cluster, one, addresses)).collect()
+        }
+        _ if listeners.is_empty() => Vec::new(),
+        _ => reachable.of_family().map(gateway).collect(),
     };
     let (family, family_name) = if headless || is_ipv4 { ("IPv4", "ipv4") } else { ("IPv6", "ipv6") };
     let derived = derived_name(service);
@@ -126,9 +140,12 @@ pub fn slices(
     let port = |port: &ServicePort| {
         let ImportPort { protocol, app_protocol, .. } = import_port(port);
         let name = if headless { port.name.clone() } else { port_name(port) };
-        json!({ "name": name, "protocol": protocol, "appProtocol": app_protocol, "port": port.port })
+        let number = listeners.get(port).copied().unwrap_or(port.port);
+        json!({ "name": name, "protocol": protocol, "appProtocol": app_protocol, "port": number })
     };
-    let ports: Vec<Value> = part.ports.iter().map(port).collect();
+    // Every port of a slice is one of every endpoint in it.
+    let listed = part.ports.iter().filter(|port| listeners.is_empty() || listeners.contains_key(port));
+    let ports: Vec<Value> = listed.map(port).collect();
     let slice = |(n, endpoints): (usize, &[Value])| {
         without_nulls(json!({
             "apiVersion": "discovery.k8s.io/v1",
@@ -146,6 +163,29 @@ pub fn slices(
     };
     let chunks: Vec<&[Value]> = if endpoints.is_empty() { vec![&[]] } else { endpoints.chunks(SLICE_LEN).collect() };
     chunks.into_iter().enumerate().map(slice).collect()
+}
+
+/// The ports at which gateways listen for ports of this part; none where no gateway does.
+fn listeners<'a>(service: &ServiceName, part: &'a Part, reachable: Reachable<'_>) -> BTreeMap<&'a ServicePort, u16> {
+    let Some(addresses) = reachable.addresses.filter(|_| reachable.of_family().next().is_some()) else {
+        return BTreeMap::new();
+    };
+    let tcp = part.ports.iter().filter(|port| port.transport == Transport::Tcp);
+    let listener = |port: &'a ServicePort| {
+        let owner = PortOwner { service: service.clone(), port: port.port };
+        Some((port, *addresses.listeners.get(&owner)?))
+    };
+    tcp.filter_map(listener).collect()
+}
+
+impl<'a> Reachable<'a> {
+    fn of_family(self) -> impl Iterator<Item = &'a IpAddr> {
+        self.gateways.iter().filter(move |address| address.is_ipv4() == self.is_ipv4)
+    }
+}
+
+fn gateway(address: &IpAddr) -> Value {
+    json!({ "addresses": [address], "conditions": { "ready": true, "serving": true, "terminating": false } })
 }
 
 fn endpoint(service: &ServiceName, cluster: &ClusterId, one: &Endpoint, addresses: &Addresses) -> Option<Value> {

@@ -16,7 +16,7 @@ use tombolo_core::model::ServiceKind;
 use tombolo_core::source::{LocalState, SourceProblem};
 
 use super::mirror::{Kind, Mirror};
-use super::objects::{self, MANAGED_BY, derived_name};
+use super::objects::{self, MANAGED_BY, Reachable, derived_name};
 use crate::addresses::Addresses;
 use crate::kubernetes::name_of;
 
@@ -25,6 +25,8 @@ pub struct Known<'a> {
     pub services: &'a BTreeMap<ServiceName, Arc<ServiceView>>,
     pub local: &'a LocalState,
     pub addresses: Option<&'a Addresses>,
+    /// Where gateways of this cluster listen for workloads without a sidecar.
+    pub gateways: &'a BTreeSet<IpAddr>,
     pub mirror: &'a Mirror,
     pub now: Timestamp,
 }
@@ -45,13 +47,15 @@ pub enum Write {
 pub struct Plan {
     pub writes: Vec<Write>,
     pub problems: Vec<SourceProblem>,
+    /// What is imported, with the ClusterIPs that it has by now.
+    pub imported: BTreeMap<ServiceName, Vec<IpAddr>>,
 }
 
 /// Compares what is known with what is there.
 pub fn plan(known: &Known<'_>) -> Plan {
     let mut planning = Planning {
         known,
-        plan: Plan { writes: Vec::new(), problems: known.mirror.problems() },
+        plan: Plan { problems: known.mirror.problems(), ..Plan::default() },
         wanted: BTreeSet::new(),
     };
     planning.exports();
@@ -110,6 +114,7 @@ impl Planning<'_> {
             ServiceKind::ClusterSetIp => derived.map(|service| addresses(service, "clusterIPs")).unwrap_or_default(),
             ServiceKind::Headless => Vec::new(),
         };
+        self.plan.imported.insert(service.clone(), ips.clone());
         let said = self.apply(Kind::ServiceImport, objects::import(api_version, service, import, &ips));
         let Some(there) = there else { return };
         // Writes of one step overtake each other, and nobody may read a status that is ahead of what it speaks of.
@@ -126,8 +131,10 @@ impl Planning<'_> {
             }
         }
         let is_ipv4 = ips.first().is_none_or(IpAddr::is_ipv4);
+        let Known { addresses, gateways, .. } = *self.known;
+        let reachable = Reachable { addresses, gateways, is_ipv4 };
         for part in &import.clusters {
-            for slice in objects::slices(service, import, part, self.known.addresses, is_ipv4, &owner) {
+            for slice in objects::slices(service, import, part, reachable, &owner) {
                 self.apply(Kind::EndpointSlice, slice);
             }
         }
@@ -267,7 +274,11 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::addresses::Space;
     use crate::mcs::mirror::Change;
+    use tombolo_core::addresses::Ranges;
+    use tombolo_core::addresses::allocation::Allocations;
+    use tombolo_core::addresses::ports::PortOwner;
     use tombolo_core::mcs::Part;
     use tombolo_core::model::{ClusterShare, Export, Freshness, Origin, ServicePort, SessionAffinity, Transport};
 
@@ -311,6 +322,7 @@ mod tests {
             ports: [port].into(),
             server_ids: BTreeSet::new(),
             endpoints: BTreeMap::new(),
+            unmeshed: false,
             routes: Vec::new(),
         };
         let cluster = "east".parse().unwrap();
@@ -323,6 +335,7 @@ mod tests {
             excluded: BTreeSet::new(),
             exported: false,
             offered_to: BTreeSet::new(),
+            unmeshed: BTreeSet::new(),
         };
         (service, Arc::new(view))
     }
@@ -331,7 +344,8 @@ mod tests {
         let services = services.iter().map(|name| view(name)).collect();
         let local = LocalState::default();
         let now = Timestamp::from_second(1_000).unwrap();
-        plan(&Known { services: &services, local: &local, addresses: None, mirror, now })
+        let gateways = BTreeSet::new();
+        plan(&Known { services: &services, local: &local, addresses: None, gateways: &gateways, mirror, now })
     }
 
     fn told(plan: &Plan) -> Vec<String> {
@@ -397,6 +411,8 @@ mod tests {
         assert_eq!(steps, want);
         let import = &there.iter().find(|(kind, _)| *kind == Kind::ServiceImport).unwrap().1;
         assert_eq!(import["spec"]["ips"], json!(["10.96.0.7"]));
+        let known = planned(&["shop/web"], &mirror(there.clone())).imported;
+        assert_eq!(known, [("shop/web".parse().unwrap(), vec!["10.96.0.7".parse().unwrap()])].into());
         assert_eq!(import["status"]["conditions"][0]["status"], "True");
         assert_eq!(import["status"]["clusters"], json!([{ "cluster": "east" }]));
         let gone = planned(&[], &mirror(there));
@@ -436,13 +452,40 @@ mod tests {
             weight: 1,
             ready: true,
         };
-        let part = Part { ports: import.ports.clone(), endpoints: vec![endpoint] };
+        let part = Part { ports: import.ports.clone(), endpoints: vec![endpoint], unmeshed: true };
         let owner = OwnerReference::default();
         let cluster = "east".parse().unwrap();
-        let slices = objects::slices(&service, &import, (&cluster, &part), None, true, &owner);
+        let gateways = ["10.0.0.5".parse().unwrap()].into();
+        let reachable = Reachable { addresses: None, gateways: &gateways, is_ipv4: true };
+        let slices = objects::slices(&service, &import, (&cluster, &part), reachable, &owner);
         assert_eq!((slices.len(), &slices[0]["endpoints"]), (1, &json!([])), "no virtual address, no endpoint");
         assert_eq!(slices[0]["metadata"]["labels"]["multicluster.kubernetes.io/source-cluster"], "east");
         assert_eq!(slices[0]["metadata"]["labels"].get("kubernetes.io/service-name"), None);
+    }
+
+    #[test]
+    fn slices_hold_the_gateways_where_the_export_allows_workloads_without_a_sidecar() {
+        let (service, view) = view("shop/web");
+        let import = import(&view).unwrap();
+        let owner = PortOwner { service: service.clone(), port: 80 };
+        let mut held = Allocations::default();
+        held.listeners.observe(&[owner].into(), 3, Timestamp::UNIX_EPOCH);
+        let space = Space { ranges: Ranges::default(), listeners: Some("20000-20001".parse().unwrap()) };
+        let addresses = Addresses::new(&held, space, Default::default(), None);
+        let gateways = ["10.0.0.5", "10.0.0.6", "fd00::5"].map(|address| address.parse().unwrap()).into();
+        let none = BTreeSet::new();
+        let cluster = "east".parse().unwrap();
+        let slice = |unmeshed, gateways, is_ipv4| {
+            let part = Part { unmeshed, ..import.clusters[&cluster].clone() };
+            let reachable = Reachable { addresses: Some(&addresses), gateways, is_ipv4 };
+            let slices = objects::slices(&service, &import, (&cluster, &part), reachable, &OwnerReference::default());
+            let listed = slices[0]["endpoints"].as_array().unwrap().iter().map(|one| one["addresses"][0].clone());
+            (slices[0]["ports"][0]["port"].clone(), listed.collect::<Vec<_>>())
+        };
+        assert_eq!(slice(true, &gateways, true), (json!(20_000), vec![json!("10.0.0.5"), json!("10.0.0.6")]));
+        assert_eq!(slice(true, &gateways, false), (json!(20_000), vec![json!("fd00::5")]));
+        assert_eq!(slice(false, &gateways, true), (json!(80), vec![]), "not allowed");
+        assert_eq!(slice(true, &none, true), (json!(80), vec![]), "no gateway listens");
     }
 
     #[test]

@@ -19,7 +19,12 @@ impl OperatorService {
         }
         let named = id.clone();
         let changed = self.store.off_thread(move |store| {
-            let newly = store.change_revoked(|revoked| Ok((revoked.revoke(named.clone())?, revoked.clone())))?;
+            let newly = store.change_revoked(|revoked| {
+                let newly = revoked.revoke(named.clone())?;
+                // Whoever has a gateway's key speaks for workloads without a sidecar, too.
+                named.unmeshed_of().map(|unmeshed| revoked.revoke(unmeshed)).transpose()?;
+                Ok((newly, revoked.clone()))
+            })?;
             // After the revocation, which nobody can join against; a kill in between is mended by asking again.
             let removed = store.change_joins(|entries| entries.remove_identity(&named))?;
             Ok((newly, removed))
@@ -36,9 +41,13 @@ impl OperatorService {
     pub(super) async fn unrevoke(&self, text: &str) -> Result<TrustUnrevokeResponse, Status> {
         let id = self.own_identity(text)?;
         let named = id.clone();
-        let changed = self
-            .store
-            .off_thread(move |store| store.change_revoked(|revoked| (revoked.unrevoke(&named), revoked.clone())));
+        let changed = self.store.off_thread(move |store| {
+            store.change_revoked(|revoked| {
+                let was = revoked.unrevoke(&named);
+                named.unmeshed_of().map(|unmeshed| revoked.unrevoke(&unmeshed));
+                (was, revoked.clone())
+            })
+        });
         let (was, revoked) = changed.await.map_err(of_store)?;
         if !was {
             return Err(Status::not_found(format!("{id} is not revoked; see `tombolo status`")));

@@ -1,19 +1,25 @@
 //! `status` and `peer list`, out of one reading of the hub's state.
 
+use std::net::SocketAddr;
+
 use data_encoding::HEXLOWER;
 use tombolo_api::proto::operator::{
-    GatewayRow, PeerRow, ServiceRow, ServiceShareRow, SidecarRow, SourceProblem, StatusResponse, TunnelRow,
+    GatewayRow, PeerRow, RootRow, ServiceRow, ServiceShareRow, SidecarRow, SourceProblem, StatusResponse, TunnelRow,
+    UnmatchedPolicy,
 };
+use tombolo_core::addresses::ports::PortOwner;
 use tombolo_core::catalog::ServiceView;
-use tombolo_core::id::GatewayId;
+use tombolo_core::id::{ClusterId, GatewayId, ServiceName};
 use tombolo_core::model::{AppProtocol, ClusterShare, Freshness, Origin, ServicePort, Transport};
+use tombolo_core::policy::Resource;
+use tombolo_trust::bundle::Bundle;
 use tombolo_trust::ca::CertificateAuthority;
 
 use crate::hub::{GatewayView, PeerView, SidecarView, TunnelView, View};
 use crate::kubernetes::{Lead, NotLeading};
 use crate::registry::Verdict;
 
-pub fn status(view: &View, ca: &CertificateAuthority, lead: &Lead, version: &str) -> StatusResponse {
+pub fn status(view: &View, ca: &CertificateAuthority, lead: &Lead, surroundings: Surroundings) -> StatusResponse {
     let leads = lead.check();
     let nobody = SourceProblem {
         file: "Lease tombolo-federation".into(),
@@ -27,12 +33,12 @@ pub fn status(view: &View, ca: &CertificateAuthority, lead: &Lead, version: &str
     StatusResponse {
         cluster: view.cluster.to_string(),
         trust_domain: view.trust_domain.to_string(),
-        version: version.into(),
+        version: surroundings.version.into(),
         epoch: view.epoch,
         root_sha256: HEXLOWER.encode(&ca.active_root_sha256()),
         bundle_sequence: ca.bundle().sequence(),
         peers: peers(view),
-        services: view.services.values().map(|service| self::service(service)).collect(),
+        services: view.services.values().map(|service| self::service(view, service)).collect(),
         gateways: view.gateways.values().map(|gateway| self::gateway(gateway)).collect(),
         sidecars: view.sidecars.values().map(|sidecar| self::sidecar(sidecar)).collect(),
         problems: view
@@ -52,7 +58,40 @@ pub fn status(view: &View, ca: &CertificateAuthority, lead: &Lead, version: &str
             Err(NotLeading::Other(holder)) => holder,
             Err(NotLeading::Nobody) => "nobody".into(),
         },
+        roots: view.bundles.iter().flat_map(|(cluster, bundle)| roots(view, cluster, bundle)).collect(),
+        unmatched_policies: unmatched_policies(view),
+        dns_address: surroundings.dns.map(|address| address.to_string()).unwrap_or_default(),
+        kubernetes: surroundings.kubernetes,
     }
+}
+
+/// What does not change while the process runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Surroundings {
+    /// What is shown as this program's version.
+    pub version: &'static str,
+    /// Where names of the clusterset are answered.
+    pub dns: Option<SocketAddr>,
+    /// The source is an API server.
+    pub kubernetes: bool,
+}
+
+fn roots<'a>(view: &'a View, cluster: &'a ClusterId, bundle: &Bundle) -> impl Iterator<Item = RootRow> + use<'a> {
+    let expires = bundle.roots_expire().into_iter();
+    expires.map(move |expires| RootRow {
+        cluster: cluster.to_string(),
+        own: *cluster == view.cluster,
+        expires_unix_ms: expires.as_millisecond(),
+    })
+}
+
+fn unmatched_policies(view: &View) -> Vec<UnmatchedPolicy> {
+    let unmatched = view.policies.unmatched(|service| view.services.contains_key(service));
+    let row = |(policy, service): (&Resource, &ServiceName)| UnmatchedPolicy {
+        policy: policy.to_string(),
+        service: service.to_string(),
+    };
+    unmatched.into_iter().map(row).collect()
 }
 
 pub fn peers(view: &View) -> Vec<PeerRow> {
@@ -79,6 +118,7 @@ fn peer(view: &View, peer: &PeerView) -> PeerRow {
         gateways: peer.gateways.iter().map(|gateway| format!("{} {}", gateway.gateway, gateway.address)).collect(),
         last_refusal: peer.last_refusal.clone().unwrap_or_default(),
         refused_there: peer.refused_there.clone().unwrap_or_default(),
+        clock_ahead_ms: peer.clock_ahead_ms,
     }
 }
 
@@ -93,11 +133,15 @@ fn tunnel(gateway: &GatewayId, tunnel: &TunnelView) -> TunnelRow {
         legs: tunnel.legs,
         last_error: tunnel.last_error.clone(),
         resolved: tunnel.resolved.iter().map(ToString::to_string).collect(),
+        mtu: tunnel.mtu,
     }
 }
 
-fn service(view: &ServiceView) -> ServiceRow {
+fn service(whole: &View, view: &ServiceView) -> ServiceRow {
+    let [first, last] = [0, u16::MAX].map(|port| PortOwner { service: view.service.clone(), port });
+    let listeners = whole.addresses.iter().flat_map(|addresses| addresses.listeners.range(&first..=&last));
     ServiceRow {
+        listeners: listeners.map(|(owner, listen)| (owner.port.into(), (*listen).into())).collect(),
         service: view.service.to_string(),
         shares: view.shares.iter().map(|share| self::share(view, share)).collect(),
         conflicts: view.conflicts.iter().map(ToString::to_string).collect(),
@@ -146,6 +190,7 @@ fn gateway(view: &GatewayView) -> GatewayRow {
         ingress_address: view.ingress_address.clone(),
         advertise: view.advertise.clone(),
         connected: view.connected,
+        unmeshed_address: view.unmeshed_address.map(|address| address.to_string()).unwrap_or_default(),
         tunnels: view.tunnels.iter().map(|tunnel| self::tunnel(&view.gateway, tunnel)).collect(),
     }
 }

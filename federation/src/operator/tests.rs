@@ -71,7 +71,7 @@ impl Running {
             peering,
             ca,
             lead: Lead::alone(Leadership::always()),
-            version: "1.2.3",
+            surroundings: Surroundings { version: "1.2.3", dns: None, kubernetes: false },
         };
         let socket = OperatorSocket::bind(state.path()).unwrap();
         let path = socket.path().to_owned();

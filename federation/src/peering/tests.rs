@@ -292,7 +292,7 @@ async fn start(
 }
 
 fn grants(namespace: &str) -> Authority {
-    Authority { exports: vec![ServiceSelector::All], imports: vec![namespace.parse().unwrap()] }
+    Authority { exports: vec![ServiceSelector::All], imports: vec![namespace.parse().unwrap()], unmeshed: false }
 }
 
 async fn east_and_west() -> (Arc<Network>, Cluster, Cluster) {

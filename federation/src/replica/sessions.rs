@@ -160,6 +160,7 @@ impl Mirror {
             advertise: told.advertise.clone(),
             ingress_address: told.ingress_address.clone(),
             watch_address: told.watch_address.clone(),
+            unmeshed_address: told.unmeshed_address,
             commands,
             attached: self.attached,
         };

@@ -1,5 +1,7 @@
 //! What replicas tell each other, to and from the wire.
 
+use std::net::IpAddr;
+
 use tombolo_api::convert::{InvalidMessage, name};
 use tombolo_api::proto::discovery as proto;
 use tombolo_api::proto::replica as wire;
@@ -17,6 +19,7 @@ pub(super) struct ToldGateway {
     pub advertise: Vec<String>,
     pub ingress_address: String,
     pub watch_address: String,
+    pub unmeshed_address: Option<IpAddr>,
     pub tunnels: Vec<TunnelView>,
 }
 
@@ -51,6 +54,7 @@ pub(super) fn gateway_to_wire(view: &GatewayView) -> wire::Gateway {
         advertise: view.advertise.clone(),
         ingress_address: view.ingress_address.clone(),
         watch_address: view.watch_address.clone(),
+        unmeshed_address: view.unmeshed_address.map(|address| address.to_string()).unwrap_or_default(),
     };
     let tunnels = view.tunnels.iter().map(tunnel_to_wire).collect();
     wire::Gateway { hello: Some(hello), spiffe_id: view.spiffe_id.to_string(), tunnels }
@@ -65,6 +69,7 @@ pub(super) fn gateway_from_wire(wire: wire::Gateway) -> Result<ToldGateway, Inva
         advertise: advertise.collect::<Result<_, _>>()?,
         ingress_address: discovery::address("ingress_address", hello.ingress_address)?,
         watch_address: discovery::address("watch_address", hello.watch_address)?,
+        unmeshed_address: hello.unmeshed_address.parse().ok(),
         tunnels: wire.tunnels.into_iter().map(discovery::tunnel).collect::<Result<_, _>>()?,
     })
 }
@@ -84,6 +89,7 @@ fn tunnel_to_wire(tunnel: &TunnelView) -> proto::TunnelState {
         dialled_here: tunnel.dialled_here,
         legs: tunnel.legs,
         last_error: tunnel.last_error.clone(),
+        mtu: tunnel.mtu,
         remote_gateway_id: tunnel.remote_gateway.as_ref().map(ToString::to_string).unwrap_or_default(),
         resolved: tunnel.resolved.iter().map(ToString::to_string).collect(),
     }

@@ -26,14 +26,15 @@ use tombolo_trust::svid::SvidSource;
 use tombolo_trust::tls::{self, ClientAuth, RootInChain};
 
 use super::{ROLE, Shown};
-use crate::addresses::{self, Allocator};
-use crate::config::{Config, SourceConfig};
+use crate::addresses::{self, Allocator, Space};
+use crate::config::{Config, DnsConfig, SourceConfig};
 use crate::discovery::DiscoveryService;
+use crate::dns;
 use crate::hub::{self, HubHandle, HubStart, PeeringEvent, remembered};
 use crate::identity::{IdentityService, Reviewer, ToLeader};
 use crate::kubernetes::{self, Lead};
 use crate::mcs::Writer;
-use crate::operator::{OperatorService, OperatorSocket};
+use crate::operator::{OperatorService, OperatorSocket, Surroundings};
 use crate::peering::{self, Peering};
 use crate::replica::{Follower, ReplicaService};
 use crate::report;
@@ -140,6 +141,11 @@ pub struct Federation {
     servers: JoinSet<anyhow::Result<()>>,
 }
 
+/// Where numbers of services are taken from.
+fn space(config: &Config) -> Space {
+    Space { ranges: config.virtual_addresses, listeners: config.unmeshed.as_ref().map(|unmeshed| unmeshed.ports) }
+}
+
 impl Federation {
     /// Reads the source and tells the hub of all peers. With it come the events of gateways that are peering. `None` when
     /// the process drains before the source was read.
@@ -188,7 +194,7 @@ impl Federation {
 
     /// Follows what the leader has allocated.
     pub fn follow_addresses(&self) -> impl Future<Output = ()> + use<> {
-        addresses::follow(self.hub.clone(), self.base.store.clone(), self.config.virtual_addresses)
+        addresses::follow(self.hub.clone(), self.base.store.clone(), space(&self.config))
     }
 
     /// Takes the state over from the last leader.
@@ -214,8 +220,7 @@ impl Federation {
     pub async fn lead(&mut self, events: mpsc::Receiver<PeeringEvent>, legs: TcpListener) -> anyhow::Result<()> {
         let (hub, store, metrics) = (&self.hub, &self.base.store, &self.process.metrics);
         self.peering.handle_events(events);
-        let ranges = self.config.virtual_addresses;
-        let allocator = Allocator::start(hub.clone(), store.clone(), ranges, metrics).await?;
+        let allocator = Allocator::start(hub.clone(), store.clone(), space(&self.config), metrics).await?;
         self.tasks.spawn(allocator.run());
         let leadership = &self.lead.leadership;
         if let (OpenedSource::Kubernetes { client, .. }, SourceConfig::Kubernetes(kubernetes)) =
@@ -241,6 +246,14 @@ impl Federation {
         Ok(())
     }
 
+    async fn start_dns(&mut self) -> anyhow::Result<Option<SocketAddr>> {
+        let Some(DnsConfig { listen }) = self.config.dns else { return Ok(None) };
+        let started = dns::start(listen, self.hub.clone(), &self.process.metrics).await;
+        let (address, serve) = started.with_context(|| format!("can't listen on {listen} (dns)"))?;
+        self.tasks.spawn(serve);
+        Ok(Some(address))
+    }
+
     /// Begins to answer sidecars, gateways, other replicas and the operator, and announces where. `legs` is where gateways
     /// bring those of peer sync.
     pub async fn serve(
@@ -252,6 +265,7 @@ impl Federation {
     ) -> anyhow::Result<()> {
         let discovery_address = discovery.local_addr()?;
         self.serve_discovery(discovery, legs.to_owned());
+        let dns = self.start_dns().await?;
         let service = OperatorService {
             trust_domain: self.config.trust_domain(),
             hub: self.hub.clone(),
@@ -260,13 +274,18 @@ impl Federation {
             peering: self.peering.clone(),
             ca: self.base.ca.clone(),
             lead: self.lead.clone(),
-            version: env!("CARGO_PKG_VERSION"),
+            surroundings: Surroundings {
+                version: env!("CARGO_PKG_VERSION"),
+                dns,
+                kubernetes: matches!(self.config.source, SourceConfig::Kubernetes(_)),
+            },
         };
         let stop = self.process.drain.clone();
         let serve_operator = operator.serve(service.server(), async move { stop.draining().await });
         self.servers.spawn(async move { serve_operator.await.context("the operator's socket") });
         let mut addresses = announced.clone();
         addresses.insert("discovery", discovery_address);
+        addresses.extend(dns.map(|address| ("dns", address)));
         addresses.extend(self.start_webhook().await?.map(|address| ("webhook", address)));
         process::announce(&self.config.state, ROLE, &addresses)
             .context("announcing the addresses in the state directory")?;

@@ -23,7 +23,11 @@ fn peer(cluster: &str) -> PeerRecord {
     PeerRecord {
         cluster: cluster.parse().unwrap(),
         trust_domain: format!("{cluster}.tombolo").parse().unwrap(),
-        authority: Authority { exports: vec![ServiceSelector::All], imports: vec!["shop".parse().unwrap()] },
+        authority: Authority {
+            exports: vec![ServiceSelector::All],
+            imports: vec!["shop".parse().unwrap()],
+            unmeshed: false,
+        },
         bundle: TrustBundle {
             trust_domain: format!("{cluster}.tombolo"),
             sequence: 3,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -220,6 +221,9 @@ impl Subscriber {
                         tracing::info!(%cluster, from = %position, "peer sync runs");
                         *taken = true;
                     }
+                    if let Some(ahead_ms) = run.last().and_then(clock_ahead_ms) {
+                        self.hub.clock(cluster.clone(), ahead_ms).await?;
+                    }
                     let messages = run.into_iter().map(from_wire).collect();
                     keeping.take(self.hub.sync_received(cluster.clone(), messages).await?);
                 }
@@ -248,6 +252,12 @@ async fn send(requests: &mpsc::Sender<wire::SubscribeRequest>, kind: Kind) -> Re
         Ok(sent) => sent.map_err(|_| StreamEnded::Closed),
         Err(_) => Err(StreamEnded::Silent),
     }
+}
+
+/// How far the sender's clock is ahead, less the time that the message took; only heartbeats tell.
+fn clock_ahead_ms(update: &wire::SyncUpdate) -> Option<i64> {
+    let Some(wire::sync_update::Kind::Heartbeat(wire::Heartbeat { sent_unix_ms })) = update.kind else { return None };
+    (sent_unix_ms > 0).then(|| sent_unix_ms.saturating_sub(Timestamp::now().as_millisecond()))
 }
 
 /// The next update, and those that are there with it.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use rustls::pki_types::CertificateDer;
 use tombolo_api::convert::{InvalidMessage, name, unread_routes};
 use tombolo_api::proto::{catalog, peer as wire};
@@ -65,7 +66,7 @@ pub(crate) fn to_wire(update: &Update) -> wire::SyncUpdate {
         }),
         Change::SnapshotBegin => Kind::SnapshotBegin(wire::SnapshotBegin {}),
         Change::Complete => Kind::Complete(wire::Complete {}),
-        Change::Heartbeat => Kind::Heartbeat(wire::Heartbeat {}),
+        Change::Heartbeat => Kind::Heartbeat(wire::Heartbeat { sent_unix_ms: Timestamp::now().as_millisecond() }),
     };
     wire::SyncUpdate { epoch: update.position.epoch, revision: update.position.revision, kind: Some(kind) }
 }

@@ -153,6 +153,11 @@ impl Tunnel {
         Duration::from_micros(self.rtt_us.load(Ordering::Relaxed))
     }
 
+    /// Octets of a datagram that the path carries, as far as was found out (RFC 8899).
+    pub fn mtu(&self) -> u32 {
+        self.connection.stats().path.current_mtu.into()
+    }
+
     pub fn refresh_rtt(&self) {
         let rtt = self.connection.rtt().as_micros().try_into().unwrap_or(u64::MAX);
         self.rtt_us.store(rtt, Ordering::Relaxed);

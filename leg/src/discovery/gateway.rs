@@ -1,6 +1,7 @@
 //! The gateway's discovery: its snapshot, and the peerings that it relays without holding a secret of them.
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Notify, mpsc, watch};
@@ -34,6 +35,8 @@ pub struct GatewayHello {
     pub advertise: Vec<String>,
     pub ingress_address: String,
     pub watch_address: String,
+    /// Where workloads without a sidecar reach its listeners, if it has any.
+    pub unmeshed_address: Option<IpAddr>,
 }
 
 /// A handle on the gateway's discovery. Clones share it; it ends when the last one is gone.
@@ -175,6 +178,7 @@ impl Side for State {
                 advertise: self.hello.advertise.clone(),
                 ingress_address: self.hello.ingress_address.clone(),
                 watch_address: self.hello.watch_address.clone(),
+                unmeshed_address: self.hello.unmeshed_address.map(|address| address.to_string()).unwrap_or_default(),
             })
         } else if let Some(report) = unsaid.reports.pop_front() {
             peering_report_to_wire(report)
@@ -199,8 +203,9 @@ impl Side for State {
                 self.welcome.send_replace(Some(welcome));
             }
             Update::Snapshot(snapshot) => {
-                let wire::GatewaySnapshot { peers, deliveries, bundles } = snapshot;
-                let snapshot = gateway_snapshot(peers, deliveries).map_err(|error| error.to_string())?;
+                let wire::GatewaySnapshot { peers, deliveries, bundles, unmeshed } = snapshot;
+                let snapshot = gateway_snapshot(peers, deliveries, unmeshed.unwrap_or_default())
+                    .map_err(|error| error.to_string())?;
                 // Trust first: whoever sees the new peers can verify them.
                 if let Some(bundles) = bundles {
                     link::take_bundles(&self.trust, bundles, &self.status);

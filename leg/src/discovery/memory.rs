@@ -45,6 +45,7 @@ pub(super) enum Subject {
     AddressRanges,
     AddressBlock(u32),
     AddressesComplete,
+    ImportedAddresses,
     Service(String),
 }
 

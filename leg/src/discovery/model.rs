@@ -2,6 +2,7 @@
 //! and what was known before stays in force.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use tombolo_api::convert::{InvalidMessage, name, port};
@@ -108,6 +109,8 @@ pub struct InboundPolicies {
     pub access: Vec<Arc<AccessPolicy>>,
     pub defaults: Defaults,
     pub rate_limit: Option<RateLimit>,
+    /// The clusters whose workloads without a sidecar may call it.
+    pub unmeshed: BTreeSet<ClusterId>,
 }
 
 /// What was told of each registered service's callers.
@@ -135,10 +138,22 @@ pub struct GatewayWelcome {
 }
 
 /// All that a gateway needs to carry legs; replaces what was sent before.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct GatewaySnapshot {
     pub peers: BTreeMap<ClusterId, PeerLink>,
     pub deliveries: BTreeMap<(ServiceName, u16), Delivery>,
+    pub unmeshed: Unmeshed,
+}
+
+/// What a gateway does for workloads that have no sidecar.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Unmeshed {
+    /// Which port of which service each TCP port of the gateway leads to.
+    pub listeners: BTreeMap<u16, (ServiceName, u16)>,
+    /// Services that the listeners lead to, with the shares alone that allow it.
+    pub services: BTreeMap<ServiceName, Arc<ServiceView>>,
+    /// Addresses of workloads that have a sidecar, and are refused.
+    pub meshed: BTreeSet<IpAddr>,
 }
 
 /// A cluster to hold tunnels with.
@@ -177,6 +192,8 @@ pub struct TunnelReport {
     pub remote_gateway: Option<GatewayId>,
     /// What the far gateway's names resolved to, where this side dials.
     pub addresses: Vec<std::net::SocketAddr>,
+    /// Octets of a datagram that the path carries, as far as was found out.
+    pub mtu: u32,
 }
 
 /// What federation has a gateway do for a peering, whose secrets the gateway never holds.
@@ -243,6 +260,14 @@ pub(super) fn address_ranges(wire: &wire::AddressRanges) -> Result<Ranges, Strin
     Ok(Ranges { ipv4, ipv6 })
 }
 
+pub(super) fn imported_addresses(
+    wire: wire::ImportedAddresses,
+) -> Result<BTreeMap<IpAddr, ServiceName>, InvalidMessage> {
+    let addresses = bounded("imported addresses", wire.addresses)?.into_iter();
+    let one = |one: wire::ImportedAddress| Some((one.address.parse().ok()?, one.service));
+    addresses.filter_map(one).map(|(address, service)| Ok((address, name("service", &service)?))).collect()
+}
+
 pub(super) fn address_block(wire: &wire::AddressBlock) -> Result<Block, String> {
     let block = Block::new(wire.services, wire.endpoints, &wire.names);
     block.map_err(|error| format!("address block {}: {error}", wire.block))
@@ -299,6 +324,7 @@ pub(super) fn inbound_policies(wire: wire::InboundPolicies) -> Result<(ServiceNa
         access: access.collect(),
         defaults: defaults_from_wire(wire.deny_by_default, wire.deny_by_default_of)?,
         rate_limit: leading(&policies).and_then(|policy| policy.spec.rate_limit),
+        unmeshed: clusters(&wire.unmeshed)?,
     };
     Ok((service, told))
 }
@@ -343,6 +369,7 @@ impl TryFrom<wire::GatewayWelcome> for GatewayWelcome {
 pub(super) fn gateway_snapshot(
     peers: Vec<wire::PeerLink>,
     deliveries: Vec<wire::Delivery>,
+    unmeshed: wire::Unmeshed,
 ) -> Result<GatewaySnapshot, InvalidMessage> {
     let peers = bounded("peers", peers)?.into_iter().map(|peer| {
         let link = peer_link(peer)?;
@@ -358,7 +385,27 @@ pub(super) fn gateway_snapshot(
             Delivery { clusters: clusters(&delivery.clusters)?, endpoints: endpoints.collect::<Result<_, _>>()? };
         Ok((key, delivery))
     });
-    Ok(GatewaySnapshot { peers: peers.collect::<Result<_, _>>()?, deliveries: deliveries.collect::<Result<_, _>>()? })
+    Ok(GatewaySnapshot {
+        peers: peers.collect::<Result<_, _>>()?,
+        deliveries: deliveries.collect::<Result<_, _>>()?,
+        unmeshed: unmeshed_part(unmeshed)?,
+    })
+}
+
+fn unmeshed_part(wire: wire::Unmeshed) -> Result<Unmeshed, InvalidMessage> {
+    let listeners = bounded("listeners", wire.listeners)?.into_iter().map(|listener| {
+        let to = (name("service", &listener.service)?, port("port", listener.port)?);
+        Ok((port("listen", listener.listen)?, to))
+    });
+    let services = bounded("services", wire.services)?.into_iter().map(|service| {
+        let view = ServiceView::try_from(service)?;
+        Ok((view.service.clone(), Arc::new(view)))
+    });
+    Ok(Unmeshed {
+        listeners: listeners.collect::<Result<_, _>>()?,
+        services: services.collect::<Result<_, _>>()?,
+        meshed: bounded("meshed", wire.meshed)?.iter().filter_map(|address| address.parse().ok()).collect(),
+    })
 }
 
 fn peer_link(wire: wire::PeerLink) -> Result<PeerLink, InvalidMessage> {
@@ -387,6 +434,7 @@ pub(super) fn tunnels_to_wire(tunnels: &[TunnelReport]) -> wire::TunnelStates {
         dialled_here: tunnel.dialled_here,
         legs: tunnel.legs,
         last_error: tunnel.last_error.clone(),
+        mtu: tunnel.mtu,
         remote_gateway_id: tunnel.remote_gateway.as_ref().map(ToString::to_string).unwrap_or_default(),
         resolved: tunnel.addresses.iter().map(ToString::to_string).collect(),
     });

@@ -21,8 +21,8 @@ use super::link::{self, Federation, LinkStatus, Side};
 use super::memory::{Keep, Memory, Subject, recall};
 use super::model::{
     InboundGrants, InboundPolicies, LocalGateway, Registration, RegistrationVerdict, ServiceState, ServiceView,
-    ToldPolicies, Welcome, address_block, address_ranges, inbound_grants, inbound_policies, local_gateways,
-    registration_result, registration_to_wire, revoked,
+    ToldPolicies, Welcome, address_block, address_ranges, imported_addresses, inbound_grants, inbound_policies,
+    local_gateways, registration_result, registration_to_wire, revoked,
 };
 
 /// Services that one sidecar may be subscribed to at once.
@@ -420,6 +420,10 @@ impl Side for State {
             Update::AddressRanges(ranges) => self.handle_addresses(Addresses::Ranges(ranges))?,
             Update::AddressBlock(block) => self.handle_addresses(Addresses::Block(block))?,
             Update::AddressesComplete(complete) => self.handle_addresses(Addresses::Complete(complete))?,
+            Update::ImportedAddresses(told) => {
+                let imported = imported_addresses(told).map_err(refused)?;
+                self.addresses.send_modify(|addresses| addresses.handle_imported(imported));
+            }
         }
         Ok(())
     }
@@ -435,6 +439,7 @@ impl Side for State {
             Some(Update::AddressRanges(_)) => Keep::Latest(Subject::AddressRanges),
             Some(Update::AddressBlock(block)) => Keep::Latest(Subject::AddressBlock(block.block)),
             Some(Update::AddressesComplete(_)) => Keep::Latest(Subject::AddressesComplete),
+            Some(Update::ImportedAddresses(_)) => Keep::Latest(Subject::ImportedAddresses),
             Some(Update::Service(service)) => Keep::Latest(Subject::Service(service.service.clone())),
             Some(Update::ServiceUnknown(service)) => Keep::Forget(Subject::Service(service.clone())),
             // What is registered is said anew, and decided anew.

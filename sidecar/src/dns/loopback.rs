@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tombolo_core::addresses::mesh::MeshAddresses;
 use tombolo_core::addresses::{Ranges, VirtualAddress};
-use tombolo_core::dns::{Known, Places, ServiceRecords};
+use tombolo_core::dns::{Known, Place, Places, ServiceRecords};
 use tombolo_core::id::ServiceName;
 use tombolo_dns::Zone;
 use tombolo_runtime::metrics::Metrics;
@@ -70,7 +70,11 @@ impl Loopback {
         let ports = self.zone.tcp_ports(service);
         let moved = |address: VirtualAddress| self.listen(service, address, ranges, &ports);
         let places = match records.places {
-            Places::Whole(address) => Places::Whole(moved(address)?),
+            Places::Whole(Place { ipv4: Some(ipv4), ipv6: Some(ipv6) }) => {
+                Places::Whole(moved(VirtualAddress { ipv4, ipv6 })?.into())
+            }
+            // No virtual address has one family only.
+            Places::Whole(_) => return None,
             Places::Endpoints(endpoints) if endpoints.is_empty() => Places::Endpoints(endpoints),
             Places::Endpoints(mut endpoints) => {
                 endpoints.retain_mut(|endpoint| match moved(endpoint.address) {

@@ -187,7 +187,7 @@ fn judge(state: &ServiceState, ranges: Option<Ranges>, link: Link) -> Option<Kno
 /// `None` while the service has no address.
 fn records(view: &ServiceView, ranges: Ranges) -> Option<ServiceRecords> {
     let whole = view.numbers.service.and_then(|number| ranges.address(number));
-    ServiceRecords::of(view.shares.iter().map(|share| &share.share), whole, |cluster, endpoint| {
+    ServiceRecords::of(view.shares.iter().map(|share| &share.share), whole.map(Into::into), |cluster, endpoint| {
         let number = view.numbers.endpoints.get(&(cluster.clone(), endpoint.clone()))?;
         ranges.address(*number)
     })

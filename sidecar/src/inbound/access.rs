@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use tombolo_core::authz::Client;
+use tombolo_core::authz::{Client, authorize_unmeshed};
 use tombolo_core::id::ServiceName;
 use tombolo_core::policy::access::{Asked, DefaultAccess, HttpAsked, Mode, decide};
 use tombolo_core::policy::rate::{RateLimit, TokenBucket};
@@ -54,6 +54,7 @@ impl Inbound {
         let service = &leg.target.service;
         let policies = self.authority.policies(service).ok_or(Refusal::EndpointGone)?;
         let client = Client { id: &leg.client_id, cluster: &leg.client_cluster };
+        authorize_unmeshed(client, &policies.unmeshed)?;
         let asked = Asked { service, port: leg.target.port, http };
         let verdict = decide(&policies.access, &policies.defaults, client, asked);
         if let Some(reason) = verdict.audit {
@@ -86,6 +87,10 @@ impl Inbound {
             // Told between the admission and now, it counts as well.
             told.mark_unchanged();
             let policies = self.authority.policies(service);
+            if policies.as_ref().is_some_and(|it| authorize_unmeshed(client, &it.unmeshed).is_err()) {
+                tracing::info!(client = %leg.client_id, target = %leg.target, "connection closed: workloads without a sidecar may not call it now");
+                return Refusal::IdentityDenied;
+            }
             let denied = policies.filter(|it| !decide(&it.access, &it.defaults, client, asked).is_allowed());
             let is_denied = denied.is_some();
             if let Some(policies) = denied.filter(|_| tokio::time::Instant::now() >= not_before) {
@@ -130,6 +135,10 @@ impl Inbound {
             return (false, refusal.to_string());
         }
         let Some(policies) = self.authority.policies(service) else { return unmet() };
+        if authorize_unmeshed(client, &policies.unmeshed).is_err() {
+            let reason = "denied: its export does not allow workloads without a sidecar (tombolo.dev/unmeshed)";
+            return (false, reason.into());
+        }
         let verdict = decide(&policies.access, &policies.defaults, client, Asked { service, port, http });
         let audit = verdict.audit.map(|reason| format!("; in audit mode: {reason}")).unwrap_or_default();
         (verdict.is_allowed(), format!("{}{audit}", verdict.reason))

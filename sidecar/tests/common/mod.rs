@@ -500,6 +500,7 @@ pub fn share(cluster: &Cluster, origin: Origin, endpoints: &[(&str, bool, Option
         ports: PORTS.into_iter().map(port).collect(),
         server_ids: BTreeSet::from([cluster.id("web")]),
         endpoints: known,
+        unmeshed: false,
         routes: Vec::new(),
     };
     ShareView { share: ClusterShare { cluster: name, origin, freshness: Freshness::Fresh, export }, deliveries }

@@ -88,8 +88,7 @@ impl Exchange {
         first_proof: Option<&FirstProof>,
     ) -> Result<(Vec<CertificateDer<'static>>, Bundle), ExchangeError> {
         let Some(latest) = latest else { return self.begin(first_proof).await };
-        let chain_der = latest.chain.iter().map(|certificate| certificate.to_vec()).collect();
-        let renewed = self.issue(Proof::Renew(RenewProof { chain_der })).await;
+        let renewed = self.issue(Proof::Renew(renewal(latest))).await;
         match renewed {
             // The grace is over, or the federation has lost its CA: the token may still do.
             Err(ExchangeError::Refused { code: Code::PermissionDenied, .. }) if first_proof.is_some() => {
@@ -98,6 +97,14 @@ impl Exchange {
             }
             renewed => renewed,
         }
+    }
+
+    /// The SVID of the role `unmeshed` for a gateway that has `own`.
+    pub(super) async fn unmeshed(
+        &mut self,
+        own: &Svid,
+    ) -> Result<(Vec<CertificateDer<'static>>, Bundle), ExchangeError> {
+        self.issue(Proof::Unmeshed(renewal(own))).await
     }
 
     async fn begin(
@@ -131,6 +138,10 @@ impl Exchange {
         let bundle = Bundle::from_wire(response.bundle.ok_or(ExchangeError::NoBundle)?)?;
         Ok((response.chain_der.into_iter().map(CertificateDer::from).collect(), bundle))
     }
+}
+
+fn renewal(latest: &Svid) -> RenewProof {
+    RenewProof { chain_der: latest.chain.iter().map(|certificate| certificate.to_vec()).collect() }
 }
 
 fn failed(status: &Status) -> ExchangeError {

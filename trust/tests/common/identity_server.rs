@@ -142,6 +142,9 @@ impl State {
                 ("token", issued)
             }
             Proof::Renew(proof) => ("renew", self.issuer.renew(&proof.chain_der, &request.csr_der, now, &revoked)),
+            Proof::Unmeshed(proof) => {
+                ("unmeshed", self.issuer.issue_unmeshed(&proof.chain_der, &request.csr_der, now, &revoked))
+            }
         };
         let mut log = self.log.lock().unwrap();
         log.push(if issued.is_ok() { what } else { "refused" });

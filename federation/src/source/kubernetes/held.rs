@@ -184,7 +184,7 @@ mod tests {
     }
 
     fn export(name: &str) -> Change {
-        let object = Ok(Some(Object::Export(DeclaredExport { service: name.parse().unwrap() })));
+        let object = Ok(Some(Object::Export(DeclaredExport { service: name.parse().unwrap(), unmeshed: false })));
         seen(Kind::ServiceExport, name, object)
     }
 

@@ -24,6 +24,7 @@ pub enum Kind {
     GrpcRoute,
     TrafficPolicy,
     AccessPolicy,
+    Namespace,
 }
 
 impl Kind {
@@ -36,6 +37,7 @@ impl Kind {
         Kind::GrpcRoute,
         Kind::TrafficPolicy,
         Kind::AccessPolicy,
+        Kind::Namespace,
     ];
 
     pub fn definition(self) -> &'static Definition {
@@ -48,6 +50,7 @@ impl Kind {
             Kind::GrpcRoute => &kubernetes::GRPC_ROUTE,
             Kind::TrafficPolicy => &kubernetes::TRAFFIC_POLICY,
             Kind::AccessPolicy => &kubernetes::ACCESS_POLICY,
+            Kind::Namespace => &kubernetes::NAMESPACE,
         }
     }
 
@@ -65,15 +68,16 @@ impl Kind {
             | Kind::HttpRoute
             | Kind::GrpcRoute
             | Kind::TrafficPolicy
-            | Kind::AccessPolicy => None,
+            | Kind::AccessPolicy
+            | Kind::Namespace => None,
         }
     }
 
     /// Objects of this kind that are held at most.
     pub fn held_max(self) -> usize {
         match self {
-            // Routes of gateways are held as names alone.
-            Kind::Service | Kind::ServiceExport | Kind::HttpRoute | Kind::GrpcRoute => 10_000,
+            // Routes of gateways and most Namespaces are held as names alone.
+            Kind::Service | Kind::ServiceExport | Kind::HttpRoute | Kind::GrpcRoute | Kind::Namespace => 10_000,
             Kind::TrafficPolicy | Kind::AccessPolicy => 2 * POLICIES_MAX,
             Kind::EndpointSlice => 50_000,
             Kind::ClusterPeer => 1_000,

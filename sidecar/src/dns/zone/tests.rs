@@ -105,6 +105,7 @@ fn view(service: &str, kind: ServiceKind, numbers: ServiceNumbers) -> ServiceSta
         ports: BTreeSet::from([port]),
         server_ids: BTreeSet::new(),
         endpoints: BTreeMap::from([(endpoint.id.clone(), endpoint)]),
+        unmeshed: false,
         routes: Vec::new(),
     };
     let share =
@@ -122,7 +123,7 @@ fn at(known: Known, number: u32) {
     let expected = Ranges::default().address(Number(number)).unwrap();
     match known {
         Known::Records(ServiceRecords { places: Places::Whole(address), ports }) => {
-            assert_eq!(address, expected);
+            assert_eq!(address, expected.into());
             assert_eq!(ports[&("http".to_owned(), Transport::Tcp)], 80);
         }
         other => panic!("{other:?}"),

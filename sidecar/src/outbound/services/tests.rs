@@ -43,6 +43,7 @@ fn view() -> ServiceState {
             .into(),
         server_ids: [server].into(),
         endpoints: BTreeMap::new(),
+        unmeshed: false,
         routes: Vec::new(),
     };
     let (cluster, origin) = ("west".parse().unwrap(), Origin::Remote);
