@@ -15,6 +15,7 @@ use tombolo_core::check::{
 };
 use tombolo_core::id::ServiceName;
 use tombolo_runtime::config::{self, Validate};
+use tombolo_runtime::federation::FederationConfig;
 
 use super::client::{block_on, connect, refused};
 use super::table;
@@ -209,7 +210,7 @@ fn gateway(config: &tombolo_gateway::Config) -> Preflight {
     facts.tcp("ingress", config.ingress);
     facts.tcp("watch", config.watch);
     facts.tcp("admin", config.admin);
-    facts.joins(&config.federation, config.join.as_deref(), &config.state);
+    facts.joins(&config.federation, config.join.as_deref(), config.token.as_deref(), &config.state);
     for address in &config.advertise {
         if let Err(error) = address.to_socket_addrs() {
             facts.names.push((address.clone(), error.to_string()));
@@ -224,7 +225,7 @@ fn sidecar(config: &tombolo_sidecar::Config) -> Preflight {
     facts.tcp("inbound", config.inbound);
     facts.tcp("admin", config.admin);
     config.listeners.iter().for_each(|listener| facts.tcp("listeners", listener.listen));
-    facts.joins(&config.federation, config.join.as_deref(), &config.state);
+    facts.joins(&config.federation, config.join.as_deref(), config.token.as_deref(), &config.state);
     facts
 }
 
@@ -233,7 +234,8 @@ trait Gather {
     fn tcp(&mut self, field: &str, address: SocketAddr);
     fn udp(&mut self, field: &str, address: SocketAddr);
     fn writable(&mut self, field: &str, path: &Path);
-    fn joins(&mut self, federation: &tombolo_runtime::federation::FederationConfig, join: Option<&Path>, state: &Path);
+    /// Of `join` and `token` a configuration has one at the most.
+    fn joins(&mut self, federation: &FederationConfig, join: Option<&Path>, token: Option<&Path>, state: &Path);
 }
 
 impl Gather for Preflight {
@@ -257,16 +259,17 @@ impl Gather for Preflight {
         }
     }
 
-    fn joins(&mut self, federation: &tombolo_runtime::federation::FederationConfig, join: Option<&Path>, state: &Path) {
+    fn joins(&mut self, federation: &FederationConfig, join: Option<&Path>, token: Option<&Path>, state: &Path) {
         self.writable("state", state);
         if let Err(error) = std::fs::read(&federation.ca) {
             self.files.push((format!("federation.ca {}", federation.ca.display()), error.to_string()));
         }
         let joined = tombolo_trust::identity::has_identity(state);
-        if let Some(join) = join.filter(|_| !joined)
-            && let Err(error) = std::fs::read(join)
-        {
-            self.files.push((format!("join {}", join.display()), error.to_string()));
+        let proofs = [("join", join), ("token", token)].into_iter().filter(|_| !joined);
+        for (field, path) in proofs.filter_map(|(field, path)| Some((field, path?))) {
+            if let Err(error) = std::fs::read(path) {
+                self.files.push((format!("{field} {}", path.display()), error.to_string()));
+            }
         }
         if let Err(error) = reach(&federation.address) {
             self.federation = Some((federation.address.clone(), error.to_string()));

@@ -130,7 +130,7 @@ async fn the_federation_answers_names_of_the_clusterset_with_what_is_imported() 
     let (mut west, dns) = open_cluster(&world, &plane).await;
     let mut east = world.cluster("east").await;
     let database = app::banner("hello").await;
-    serve(&mut east, "db", "tcp-db", "tcp", database.address).await;
+    serve(&mut east, "db", "tcp-db", "opaque", database.address).await;
     let ports = json!([{ "name": "http", "port": 80 }, { "name": "dns", "port": 80, "protocol": "UDP" }]);
     declare(&east, "web", &json!({}), &json!({ "ports": ports }));
     let headless = json!({ "clusterIP": "None", "ports": [{ "name": "tcp-db", "port": 80 }] });
