@@ -1,4 +1,4 @@
-//! Has a process map little of the program: puts the code that sidecars and gateways run in one place of it, and packs the
+//! Has a process map little of the program: puts the code that the roles run in one place of it, and packs the
 //! table of addresses that are adjusted at the start, all of which is read then.
 
 use std::env::var;
