@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
+use tombolo_api::inject::{CA_CONFIG_MAP, CA_KEY};
 use tombolo_core::backoff::Backoff;
 use tombolo_core::id::Namespace;
 
@@ -13,9 +14,6 @@ use super::{Leadership, reason};
 use crate::hub::HubHandle;
 use crate::mcs::FIELD_MANAGER;
 
-/// The ConfigMap, and its key.
-const NAME: &str = "tombolo-ca";
-const KEY: &str = "ca.pem";
 /// How often it is written again, in case somebody has changed it.
 const REPEAT: Duration = Duration::from_secs(300);
 const RETRY_FIRST: Duration = Duration::from_millis(500);
@@ -41,7 +39,7 @@ pub async fn publish_ca(client: Client, namespace: Namespace, leadership: Leader
                     REPEAT
                 }
                 Some(Err(error)) => {
-                    tracing::warn!(reason = reason(&error), "ConfigMap {namespace}/{NAME} is not written");
+                    tracing::warn!(reason = reason(&error), "ConfigMap {namespace}/{CA_CONFIG_MAP} is not written");
                     backoff.next_wait(rand::random())
                 }
                 None => backoff.next_wait(rand::random()),
@@ -57,9 +55,13 @@ pub async fn publish_ca(client: Client, namespace: Namespace, leadership: Leader
 async fn apply(maps: &Api<ConfigMap>, pem: String) -> Result<(), kube::Error> {
     let label = ("app.kubernetes.io/managed-by".to_owned(), "tombolo".to_owned());
     let map = ConfigMap {
-        metadata: ObjectMeta { name: Some(NAME.into()), labels: Some([label].into()), ..ObjectMeta::default() },
-        data: Some([(KEY.to_owned(), pem)].into()),
+        metadata: ObjectMeta {
+            name: Some(CA_CONFIG_MAP.into()),
+            labels: Some([label].into()),
+            ..ObjectMeta::default()
+        },
+        data: Some([(CA_KEY.to_owned(), pem)].into()),
         ..ConfigMap::default()
     };
-    maps.patch(NAME, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(&map)).await.map(drop)
+    maps.patch(CA_CONFIG_MAP, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(&map)).await.map(drop)
 }

@@ -1,4 +1,5 @@
-//! The trust bundle where Pods can mount it: a ConfigMap in every namespace with injection, and in tombolo's own.
+//! The trust bundle where Pods can mount it: a ConfigMap in every namespace with injection. In tombolo's own the leader
+//! keeps it, injection or not ([`crate::kubernetes::publish_ca`]).
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -58,7 +59,7 @@ impl Bundles {
     async fn labelled(&self) -> Result<Vec<String>, kube::Error> {
         let api: Api<NamespaceObject> = Api::all(self.client.clone());
         let mut parameters = ListParams::default().labels(&format!("{INJECT_LABEL}=enabled")).limit(PAGE);
-        let mut names = vec![self.own.to_string()];
+        let mut names = Vec::new();
         loop {
             let page = api.list_metadata(&parameters).await?;
             names.extend(page.items.iter().map(ResourceExt::name_any));
@@ -71,6 +72,9 @@ impl Bundles {
 
     /// Writes the bundle into a namespace, unless it is there as far as is known.
     pub async fn ensure(&self, namespace: &str) {
+        if namespace == self.own.as_str() {
+            return;
+        }
         let bundle = self.ca.bundle();
         let fresh = |(sequence, at): &(u64, Instant)| *sequence == bundle.sequence() && at.elapsed() < WRITE_AGAIN;
         if self.known().get(namespace).is_some_and(fresh) {
