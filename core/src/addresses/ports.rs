@@ -85,22 +85,6 @@ impl FromStr for PortOwner {
     }
 }
 
-macro_rules! as_text {
-    ($($name:ident)*) => {$(
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-            }
-        }
-    )*};
-}
-
 as_text!(PortRange PortOwner);
 
 /// What of a service has a listener: each TCP port that some cluster allows workloads without a sidecar to call. Endpoints of
