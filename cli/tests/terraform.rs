@@ -20,27 +20,6 @@ fn free_tcp_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Applies one module with these inputs, and answers with one of its outputs.
-fn apply(program: &Path, folder: &Path, (module, output): (&str, &str), inputs: &Value) -> Value {
-    std::fs::create_dir_all(folder).unwrap();
-    let source =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../terraform/modules").join(module).canonicalize().unwrap();
-    let mut call = json!({ "source": source });
-    call.as_object_mut().unwrap().extend(inputs.as_object().unwrap().clone());
-    let value = format!("${{module.it.{output}}}");
-    let root = json!({ "module": { "it": call }, "output": { "it": { "value": value } } });
-    std::fs::write(folder.join("main.tf.json"), root.to_string()).unwrap();
-    let run = |arguments: &[&str]| {
-        let output = terraform::command(program).args(arguments).current_dir(folder).output().unwrap();
-        let errors = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat();
-        assert!(output.status.success(), "terraform {arguments:?}:\n{errors}");
-        output.stdout
-    };
-    run(&["init", "-input=false", "-no-color"]);
-    run(&["apply", "-auto-approve", "-input=false", "-no-color"]);
-    serde_json::from_slice(&run(&["output", "-json", "it"])).unwrap()
-}
-
 /// A machine that got the user data of `vm-agent`: its files, below a directory of the test's.
 struct Machine {
     directory: PathBuf,
@@ -51,7 +30,8 @@ struct Machine {
 impl Machine {
     async fn start(program: &Path, world: &World, cluster: &str, inputs: Value) -> Self {
         let directory = world.directory.path().join(cluster);
-        let rendered = apply(program, &directory.join("terraform"), ("vm-agent", "user_data"), &inputs);
+        let rendered =
+            terraform::apply(program, &directory.join("terraform"), ("vm-agent", "user_data"), &inputs).unwrap();
         let user_data = rendered.as_str().unwrap();
         let cloud_config: Value = serde_saphyr::from_str(user_data.strip_prefix("#cloud-config\n").unwrap()).unwrap();
         let here = directory.to_str().unwrap();
@@ -116,7 +96,9 @@ async fn machines_of_vm_agent_are_linked_by_what_peering_renders() {
         "west": { "roots": west.roots(), "gateways": [advertise] },
         "east": { "roots": east.roots(), "imports": ["shop/*"] },
     } });
-    let rendered = apply(&program, &world.directory.path().join("peering"), ("peering", "manifests"), &clusters);
+    let rendered =
+        terraform::apply(&program, &world.directory.path().join("peering"), ("peering", "manifests"), &clusters)
+            .unwrap();
     for (name, machine) in [("west", &west), ("east", &east)] {
         let manifest = rendered[name].as_str().unwrap();
         std::fs::write(machine.directory.join("cluster/peer.yaml"), manifest).unwrap();

@@ -7,7 +7,7 @@ use tombolo_testbed::kubernetes::ControlPlane;
 
 use crate::support::app;
 use crate::support::{World, link, serve, until};
-use crate::{cluster, control_plane, control_plane_with, export, problem, start_web, web};
+use crate::{cluster, control_plane, control_plane_of, export, problem, start_web, web};
 
 const IMPORT: &str = "serviceimport";
 
@@ -299,7 +299,7 @@ async fn a_server_that_has_only_v1alpha1_is_read_and_written_in_it() {
         assert_eq!(parts.len(), 2, "{crds}");
         [vec![first], parts].concat().join("name: v1beta1\n")
     };
-    let Some(plane) = control_plane_with(&world, only_alpha).await else { return };
+    let Some(plane) = control_plane_of(&world, "api", only_alpha).await else { return };
     assert!(plane.kubectl(&["get", "serviceimports.v1beta1.multicluster.x-k8s.io"]).await.is_err());
     let mut west = cluster(&world, &plane, "west").await;
     let app = app::http("web-in-west").await;

@@ -6,6 +6,7 @@ mod identity;
 mod imports;
 mod injection;
 mod leader;
+mod peering;
 mod policies;
 mod replicas;
 mod source;
@@ -26,11 +27,11 @@ const RBAC: &str = include_str!("../../../deploy/kubernetes/rbac.yaml");
 
 /// A control plane with everything that an operator installs in it; `None` where its programs are missing.
 async fn control_plane(world: &World) -> Option<ControlPlane> {
-    control_plane_with(world, |crds| crds).await
+    control_plane_of(world, "api", |crds| crds).await
 }
 
-/// The same with the definitions changed.
-async fn control_plane_with(world: &World, change: impl FnOnce(String) -> String) -> Option<ControlPlane> {
+/// The same with a name of its own, and with the definitions changed.
+async fn control_plane_of(world: &World, name: &str, change: impl FnOnce(String) -> String) -> Option<ControlPlane> {
     let programs = match Programs::find(&tools().join("kubernetes")) {
         Ok(programs) => programs,
         Err(missing) => {
@@ -38,7 +39,7 @@ async fn control_plane_with(world: &World, change: impl FnOnce(String) -> String
             return None;
         }
     };
-    let plane = ControlPlane::start(programs, &world.directory.path().join("api")).await.unwrap();
+    let plane = ControlPlane::start(programs, &world.directory.path().join(name)).await.unwrap();
     let crds = change(binary().run(&["crds"]).await.unwrap());
     plane.apply(&format!("{crds}\n---\n{RBAC}")).await.unwrap();
     plane.kubectl(&["wait", "--for=condition=Established", "crd", "--all", "--timeout=20s"]).await.unwrap();
