@@ -7,6 +7,7 @@ mod compare;
 mod demo;
 mod envoy;
 mod failover;
+mod growth;
 mod host;
 mod layout;
 mod load;

@@ -10,12 +10,15 @@ use crate::Options;
 use crate::apps::App;
 use crate::compare::first_answer;
 use crate::envoy::{Chain, Envoys};
+use crate::growth;
 use crate::host::resident_mb;
 use crate::mesh::{self, CALLER, FEDERATION, GATEWAY, Mesh, SERVER, Setup, pid};
 use crate::report::{Bar, Figures, Report, Want};
 
 const CONNECTIONS: usize = 1000;
 const SERVICES: usize = 100;
+/// Four hundred processes each, so fewer.
+const GROWTH_RUNS: usize = 2;
 /// Until what starting took is given back, and what an open connection holds is there.
 const SETTLE: Duration = Duration::from_secs(3);
 
@@ -28,6 +31,9 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         }
         envoy(options, &mut figures).await.context("envoy")?;
     }
+    if let Some(binary) = &options.tombolo {
+        growth::run(binary, options.runs.min(GROWTH_RUNS), &mut figures).await.context("growth")?;
+    }
     let worst = |places: &[&str], state: &str| {
         let medians =
             places.iter().map(|place| figures.get(&format!("tombolo {place}"))?.get(state).map(|of| of.median));
@@ -35,13 +41,14 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
     };
     let (sidecars, gateways) = (["client sidecar", "server sidecar"], ["near gateway", "far gateway"]);
     let federations = ["exporting federation", "importing federation"];
-    let bars = vec![
+    let mut bars = vec![
         Bar::new("sidecar idle, MB", Want::AtMost(20.0), worst(&sidecars, IDLE)),
         Bar::new("gateway idle, MB", Want::AtMost(20.0), worst(&gateways, IDLE)),
         Bar::new("sidecar with 1,000 connections, MB", Want::AtMost(45.0), worst(&sidecars, OPEN)),
         Bar::new("gateway with 1,000 connections, MB", Want::AtMost(45.0), worst(&gateways, OPEN)),
         Bar::new("federation, 2 clusters and 100 services, MB", Want::AtMost(30.0), worst(&federations, OPEN)),
     ];
+    bars.extend(growth::bars(&figures));
     let method = json!({
         "runs": options.runs, "connections": CONNECTIONS, "services": SERVICES, "workers": 1,
         "note": "VmRSS in 10^6 bytes, every run with new processes; open connections are opaque TCP across both \
