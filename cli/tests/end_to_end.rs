@@ -291,6 +291,9 @@ async fn a_stream_and_a_websocket_live_through_three_renewals() {
     tokio::join!(east.stop(), west.stop());
 }
 
+/// Until a revocation acts in the other cluster, also on a busy machine: half as long as what it has to cut takes.
+const CUT_TIME_MAX: Duration = Duration::from_secs(4);
+
 #[tokio::test]
 async fn a_revoked_caller_is_cut_off_in_the_other_cluster_too() {
     let world = World::new().await;
@@ -300,10 +303,11 @@ async fn a_revoked_caller_is_cut_off_in_the_other_cluster_too() {
     curl_until(proxy, WEB, "web-in-west").await;
     curl_until(other, WEB, "web-in-west").await;
     let url = format!("{WEB}drip?8");
-    let (arguments, others) = ([url.as_str()], [url.as_str()]);
+    let files = ["cut", "kept"].map(|name| world.directory.path().join(name).display().to_string());
+    let [arguments, others] = [0, 1].map(|file| ["--no-buffer", "--output", files[file].as_str(), url.as_str()]);
+    let lines = |file: usize| std::fs::read_to_string(&files[file]).unwrap_or_default().lines().count();
     let revoke = async {
-        // So that both streams stand.
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        until("both streams to stand", async || (lines(0) > 0 && lines(1) > 0).then_some(())).await;
         let said = east.operator(&["trust", "revoke", "spiffe://east.tombolo/ns/shop/sa/frontend"]).await.unwrap();
         let began = Instant::now();
         assert!(said.contains("is revoked (sequence 1)"), "{said}");
@@ -312,18 +316,18 @@ async fn a_revoked_caller_is_cut_off_in_the_other_cluster_too() {
             (answer.status != 200).then_some(answer)
         })
         .await;
-        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert!(began.elapsed() < CUT_TIME_MAX, "{:?}", began.elapsed());
         assert_eq!((refused.status, refused.header("tombolo-refusal")), (403, Some("revoked")), "{refused:?}");
         began
     };
     let cut = async {
-        let stream = curl(proxy, &arguments).await;
-        (stream, Instant::now())
+        curl(proxy, &arguments).await;
+        Instant::now()
     };
-    let ((stream, ended), kept, began) = tokio::join!(cut, curl(other, &others), revoke);
-    assert!(stream.body.lines().count() < 50, "the live stream is closed: {stream:?}");
-    assert!(ended.duration_since(began) < Duration::from_secs(2), "{:?}", ended.duration_since(began));
-    assert_eq!(kept.body.lines().count(), 80, "another identity's stream goes on");
+    let (ended, _, began) = tokio::join!(cut, curl(other, &others), revoke);
+    assert!(lines(0) < 80, "the live stream is closed, not finished");
+    assert!(ended.duration_since(began) < CUT_TIME_MAX, "{:?}", ended.duration_since(began));
+    assert_eq!(lines(1), 80, "another identity's stream goes on");
     let status = west.status().await.unwrap();
     assert_eq!(status["revoked"], json!(["spiffe://east.tombolo/ns/shop/sa/frontend"]), "{status}");
 
