@@ -19,6 +19,14 @@ async fn one_dialling_side_is_enough_for_both_to_open_legs() {
     assert_eq!(pair.east_node.gateway().registry.all().len(), 1);
 }
 
+/// Loopback carries more than 9,000 octets.
+#[tokio::test]
+async fn a_path_that_carries_jumbo_frames_is_found_out() {
+    let pair = Pair::linked().await;
+    let jumbo = |node: &Node| node.gateway().registry.all().iter().all(|tunnel| tunnel.mtu() == 9_000 - 40 - 8);
+    eventually("both send what the path carries", || jumbo(&pair.west_node) && jumbo(&pair.east_node)).await;
+}
+
 #[tokio::test]
 async fn at_a_declared_address_any_gateway_of_the_peer_is_right() {
     let (east, west, north) = (Cluster::new("east"), Cluster::new("west"), Cluster::new("north"));
