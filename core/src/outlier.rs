@@ -3,6 +3,7 @@
 //! One state machine for each endpoint. It ejects, waits with a growing pause, asks for a probe and takes
 //! the endpoint back when the probe succeeds: no request of an application is spent on finding out.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -150,7 +151,10 @@ enum State {
 /// The failures of one endpoint.
 #[derive(Debug, Clone)]
 pub struct Outlier {
-    config: OutlierConfig,
+    /// Mostly that of all endpoints of a service.
+    config: Arc<OutlierConfig>,
+    /// Instead of the configuration's, if the endpoint is compared with its siblings.
+    slow_after: Duration,
     state: State,
     reason: Option<EjectReason>,
     failures: u32,
@@ -189,8 +193,9 @@ pub fn slow_after(factor: u32, siblings: impl IntoIterator<Item = Duration>) -> 
 }
 
 impl Outlier {
-    pub fn new(config: OutlierConfig) -> Self {
+    pub fn new(config: Arc<OutlierConfig>) -> Self {
         Self {
+            slow_after: config.slow_after,
             config,
             state: State::Admitted,
             reason: None,
@@ -208,14 +213,14 @@ impl Outlier {
     }
 
     /// Takes in another configuration. Whoever may not be ejected any more is taken back.
-    pub fn set_config(&mut self, config: OutlierConfig, now: Instant) -> Option<OutlierEvent> {
-        self.config = config;
-        (!config.enabled && self.is_ejected()).then(|| self.restore(now))
+    pub fn set_config(&mut self, config: Arc<OutlierConfig>, now: Instant) -> Option<OutlierEvent> {
+        (self.slow_after, self.config) = (config.slow_after, config);
+        (!self.config.enabled && self.is_ejected()).then(|| self.restore(now))
     }
 
     /// Takes in how long the answers of its siblings take, see [`slow_after`].
     pub fn set_slow_after(&mut self, slow_after: Duration) {
-        self.config.slow_after = slow_after;
+        self.slow_after = slow_after;
     }
 
     pub fn is_ejected(&self) -> bool {
@@ -232,7 +237,7 @@ impl Outlier {
         let slow = match outcome {
             Outcome::Answered { after } | Outcome::GatewayError { after } | Outcome::ServerError { after } => {
                 self.complete(after, now);
-                after > self.config.slow_after
+                after > self.slow_after
             }
             Outcome::Failed | Outcome::Refused => false,
         };
@@ -240,7 +245,7 @@ impl Outlier {
         let gateway_error = matches!(outcome, Outcome::GatewayError { .. });
         let server_error = gateway_error || matches!(outcome, Outcome::ServerError { .. });
         // What was refused was no answer: it says nothing of the rows of answers.
-        let OutlierConfig { failures, gateway_errors, server_errors, slow: slow_answers, .. } = self.config;
+        let OutlierConfig { failures, gateway_errors, server_errors, slow: slow_answers, .. } = *self.config;
         let rows = [
             (&mut self.failures, failed, failures, EjectReason::Failures),
             (&mut self.gateway_errors, gateway_error, gateway_errors, EjectReason::GatewayErrors),

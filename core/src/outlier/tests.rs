@@ -12,7 +12,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self { outlier: Outlier::new(OutlierConfig::default()), start: Instant::now() }
+        Self { outlier: Outlier::new(Arc::default()), start: Instant::now() }
     }
 
     fn at(&self, ms: u64) -> Instant {
@@ -34,7 +34,7 @@ impl Bench {
 
 #[track_caller]
 fn check(outcomes: &[Outcome], elsewhere: Elsewhere, want: Option<EjectReason>) {
-    let mut outlier = Outlier::new(OutlierConfig::default());
+    let mut outlier = Outlier::new(Arc::default());
     let now = Instant::now();
     let events: Vec<_> = outcomes.iter().filter_map(|o| outlier.handle_outcome(*o, elsewhere, now)).collect();
     assert_eq!(events, want.map(OutlierEvent::Ejected).into_iter().collect::<Vec<_>>());
@@ -65,7 +65,7 @@ fn server_errors_and_slow_answers_count_where_they_are_asked_to() {
     let config =
         OutlierConfig { server_errors: 3, slow: 2, slow_after: Duration::from_millis(500), ..OutlierConfig::default() };
     let ejected = |outcomes: &[Outcome]| {
-        let mut outlier = Outlier::new(config);
+        let mut outlier = Outlier::new(config.into());
         let now = Instant::now();
         outcomes.iter().find_map(|outcome| outlier.handle_outcome(*outcome, Elsewhere::Capacity, now))
     };
@@ -223,7 +223,7 @@ proptest! {
 
     #[test]
     fn an_ejected_endpoint_always_has_a_timeout(steps in prop::collection::vec((0_u8..7, any::<bool>()), 0..60)) {
-        let mut outlier = Outlier::new(OutlierConfig::default());
+        let mut outlier = Outlier::new(Arc::default());
         let mut now = Instant::now();
         for (step, flag) in steps {
             now += Duration::from_millis(300);
@@ -262,11 +262,11 @@ fn what_is_slow_is_so_next_to_its_siblings() {
 #[test]
 fn whoever_may_not_be_ejected_is_taken_back_and_stays() {
     let now = Instant::now();
-    let mut outlier = Outlier::new(OutlierConfig::default());
+    let mut outlier = Outlier::new(Arc::default());
     let refused = |outlier: &mut Outlier| outlier.handle_outcome(Outcome::Refused, Elsewhere::Capacity, now);
     assert_eq!(refused(&mut outlier), Some(OutlierEvent::Ejected(EjectReason::Refused)));
     let off = OutlierConfig { enabled: false, ..OutlierConfig::default() };
-    assert_eq!(outlier.set_config(off, now), Some(OutlierEvent::Restored));
+    assert_eq!(outlier.set_config(off.into(), now), Some(OutlierEvent::Restored));
     assert_eq!(refused(&mut outlier), None);
     (0..50).for_each(|_| {
         let fast = Outcome::Answered { after: Duration::from_millis(1) };
@@ -274,6 +274,6 @@ fn whoever_may_not_be_ejected_is_taken_back_and_stays() {
     });
     let later = now + Duration::from_secs(60);
     assert_eq!(outlier.handle_outstanding(100, now, later), None, "a hang is not even asked about");
-    assert_eq!(outlier.set_config(OutlierConfig::default(), later), None);
+    assert_eq!(outlier.set_config(Arc::default(), later), None);
     assert_eq!(outlier.handle_outstanding(100, now, later), Some(OutlierEvent::Probe));
 }

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BinaryHeap};
 
 use super::*;
-use crate::outlier::{Elsewhere, Outcome, Outlier, OutlierConfig, OutlierEvent};
+use crate::outlier::{Elsewhere, Outcome, Outlier, OutlierEvent};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mood {
@@ -77,7 +77,7 @@ impl Simulation {
                     in_flight: 0,
                     waiting: BTreeMap::new(),
                     picked: 0,
-                    outlier: Outlier::new(OutlierConfig::default()),
+                    outlier: Outlier::new(std::sync::Arc::default()),
                 });
             }
         }

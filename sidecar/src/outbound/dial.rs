@@ -124,7 +124,7 @@ impl LegDialer {
             };
             if entered.is_none() {
                 let full = |refused| LegFailure { refused, blame: Blame::Here };
-                entered = Some(target.pending.enter("requests that wait for a leg").map_err(full)?);
+                entered = Some(target.pending().enter("requests that wait for a leg").map_err(full)?);
             }
             let result = waiting.wait_for(Option::is_some).await.map(|result| result.clone());
             if let Ok(Some(Err(failure))) = result {
@@ -193,7 +193,7 @@ impl LegDialer {
         };
         match (&target.address, target.origin) {
             (Some(address), Origin::Local) => {
-                let via = Via::Direct(address.clone());
+                let via = Via::Direct(address.to_string());
                 let leg = self
                     .dialer
                     .dial(request(via, self.connect_timeout))
@@ -320,8 +320,8 @@ impl Target {
     pub fn leg_target(&self) -> LegTarget {
         LegTarget {
             cluster: self.key.cluster.clone(),
-            service: self.service.clone(),
-            port: self.port,
+            service: self.service().clone(),
+            port: self.port(),
             endpoint: Some(self.key.endpoint.clone()),
         }
     }

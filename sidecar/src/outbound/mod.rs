@@ -45,7 +45,6 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use tokio::sync::{Notify, Semaphore};
 use tombolo_core::capture::parse_range;
-use tombolo_core::outlier::OutlierConfig;
 use tombolo_core::retry::Schedule;
 use tombolo_core::silence::SilenceConfig;
 use tombolo_runtime::drain::DrainWatch;
@@ -119,9 +118,9 @@ impl Outbound {
             svid: svid.clone(),
             gateways: gateways.clone(),
             observed: observed.clone(),
-            pool,
+            pool: pool.into(),
             warm_legs: limits.warm_legs,
-            outlier: OutlierConfig::default(),
+            outlier: Arc::default(),
             retry_share: retry.budget,
             upkeep: upkeep.clone(),
             base: Instant::now(),

@@ -4,14 +4,17 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tombolo_core::detect::FirstWord;
+use tombolo_core::id::{ClusterId, ServiceName};
 use tombolo_core::outlier::EjectReason;
 use tombolo_core::refusal::Refusal;
-use tombolo_core::routing::{EndpointKey, Pick, PickReason};
+use tombolo_core::routing::{Pick, PickReason};
 use tombolo_runtime::metrics::prometheus_client::encoding::EncodeLabelSet;
 use tombolo_runtime::metrics::prometheus_client::metrics::counter::Counter;
 use tombolo_runtime::metrics::prometheus_client::metrics::family::Family;
 use tombolo_runtime::metrics::prometheus_client::metrics::gauge::Gauge;
 use tombolo_runtime::metrics::{Metrics, Refusals};
+
+type TargetsCounted = HashMap<(ServiceName, ClusterId), Arc<TargetCounters>>;
 
 /// Counters of everything that leaves this sidecar.
 #[derive(Clone)]
@@ -31,7 +34,7 @@ pub struct Observed {
     pub legs: Gauge,
     pub dials: Counter,
     pub opaque: Gauge,
-    targets: Arc<Mutex<HashMap<(String, String), TargetCounters>>>,
+    targets: Arc<Mutex<TargetsCounted>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -133,20 +136,21 @@ impl Observed {
         }
     }
 
-    pub fn target(&self, service: &str, key: &EndpointKey) -> TargetCounters {
-        let place = (service.to_owned(), key.cluster.to_string());
+    pub fn target(&self, service: &ServiceName, cluster: &ClusterId) -> Arc<TargetCounters> {
         let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
         let counter = |outcome| {
-            let (service, cluster) = place.clone();
+            let (service, cluster) = (service.to_string(), cluster.to_string());
             self.requests.get_or_create_owned(&RequestLabels { service, cluster, outcome })
         };
-        let make = || TargetCounters {
-            answered: counter("answered"),
-            gateway_errors: counter("gateway-error"),
-            failed: counter("failed"),
-            refused: counter("refused"),
+        let make = || {
+            Arc::new(TargetCounters {
+                answered: counter("answered"),
+                gateway_errors: counter("gateway-error"),
+                failed: counter("failed"),
+                refused: counter("refused"),
+            })
         };
-        targets.entry(place.clone()).or_insert_with(make).clone()
+        targets.entry((service.clone(), cluster.clone())).or_insert_with(make).clone()
     }
 
     pub fn retried(&self, after: tombolo_core::retry::Progress) {

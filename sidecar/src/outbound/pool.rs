@@ -63,7 +63,7 @@ impl Dialling {
 }
 
 pub struct Pool {
-    limits: PoolLimits,
+    limits: Arc<PoolLimits>,
     state: Mutex<State>,
 }
 
@@ -76,7 +76,7 @@ struct State {
 }
 
 impl Pool {
-    pub fn new(limits: PoolLimits) -> Self {
+    pub fn new(limits: Arc<PoolLimits>) -> Self {
         Self { limits, state: Mutex::default() }
     }
 

@@ -29,7 +29,7 @@ use super::gateways::{Gateways, PeerReach};
 use super::observe::Observed;
 use super::policy::{self, Policies};
 use super::pool::PoolLimits;
-use super::target::{Place, Target, lock, ms_since};
+use super::target::{Common, Place, Target, lock, ms_since};
 
 /// A route without a request for this long is no longer looked at often.
 const IDLE_MS: u64 = 1_000;
@@ -46,9 +46,9 @@ pub struct Surroundings {
     pub svid: SvidSource,
     pub gateways: Gateways,
     pub observed: Observed,
-    pub pool: PoolLimits,
+    pub pool: Arc<PoolLimits>,
     pub warm_legs: usize,
-    pub outlier: OutlierConfig,
+    pub outlier: Arc<OutlierConfig>,
     pub retry_share: f64,
     /// Rung when what goes on beside the requests has something to look at before its next round.
     pub upkeep: Arc<Notify>,
@@ -71,6 +71,7 @@ pub struct Route {
     /// The one cluster whose endpoints are meant, if a route says so.
     pub only: Option<ClusterId>,
     around: Surroundings,
+    common: Arc<Common>,
     live: ArcSwap<Live>,
     /// What plans are made from. Never locked by a request, only by what changes the plan.
     planning: Mutex<Planning>,
@@ -122,7 +123,10 @@ impl Route {
             affinity: SessionAffinity::None,
             policies: None,
         };
+        let breaker = Breaker::default();
+        let (base, pending) = (around.base, breaker.pending.clone());
         Self {
+            common: Arc::new(Common { service: service.clone(), port, base, pending }),
             service,
             port,
             only,
@@ -138,7 +142,7 @@ impl Route {
             budget: RetryBudget::new(around.retry_share, around.base),
             used_ms: AtomicU64::new(0),
             turn: AtomicU64::new(0),
-            breaker: Breaker::default(),
+            breaker,
             around,
         }
     }
@@ -281,12 +285,12 @@ impl Route {
             Some(percent) => self.budget.set_percent(percent),
             None => self.budget.set_share(self.around.retry_share),
         }
-        let own = self.around.outlier;
-        let outlier = traffic.map_or(own, |traffic| traffic.outlier_detection.over(own));
+        let own = &self.around.outlier;
+        let outlier = traffic.map_or_else(|| own.clone(), |traffic| traffic.outlier_detection.over(**own).into());
         let warm_legs = traffic.and_then(|traffic| traffic.warm_legs).map(|legs| legs as usize);
         for target in targets {
             target.warm.set_max(warm_legs.unwrap_or(self.around.warm_legs));
-            let event = target.outlier().set_config(outlier, now);
+            let event = target.outlier().set_config(outlier.clone(), now);
             if let Some(event) = event {
                 self.announce(target, event, now);
             }
@@ -456,14 +460,13 @@ impl Route {
         planning: &Planning,
         now: Instant,
     ) -> Arc<Target> {
-        let address = share.deliveries.get(id).and_then(|ports| ports.get(&self.port)).cloned();
+        let address =
+            share.deliveries.get(id).and_then(|ports| ports.get(&self.port)).map(|address| address.as_str().into());
         let declared = share.share.export.endpoints.get(id).is_some_and(|endpoint| endpoint.ready);
         // A local endpoint that no sidecar delivers can't be reached by anybody.
         let ready = declared && (share.share.origin == Origin::Remote || address.is_some());
         let place = Place {
             key: EndpointKey { cluster: share.share.cluster.clone(), endpoint: id.clone() },
-            service: self.service.clone(),
-            port: self.port,
             origin: share.share.origin,
             server_ids: ids.clone(),
             address,
@@ -474,7 +477,7 @@ impl Route {
         }
         // What is there from the beginning has no slow start.
         let since = planning.view.is_some().then_some(now);
-        Arc::new(Target::new(&self.around, place, &self.breaker.pending, ready, since))
+        Arc::new(Target::new(&self.around, &self.common, place, ready, since))
     }
 }
 

@@ -18,15 +18,14 @@ use super::warm::WarmLegs;
 
 pub struct Target {
     pub key: EndpointKey,
-    pub service: ServiceName,
-    pub port: u16,
+    common: Arc<Common>,
     pub origin: Origin,
     pub server_ids: Arc<BTreeSet<SpiffeId>>,
     /// Where a local endpoint's sidecar accepts inner legs.
-    pub address: Option<String>,
+    pub address: Option<Box<str>>,
     pub pool: Pool,
     pub warm: WarmLegs,
-    pub counters: TargetCounters,
+    pub counters: Arc<TargetCounters>,
     ready: AtomicBool,
     /// Requests and connections under way.
     in_flight: AtomicU32,
@@ -37,51 +36,60 @@ pub struct Target {
     since_ms: AtomicU64,
     /// A [`PeakEwma`] in its bits.
     latency: AtomicU64,
-    base: Instant,
-    /// Requests that wait for a leg, to any endpoint of the service.
-    pub pending: Arc<Bounded>,
     outlier: Mutex<Outlier>,
+}
+
+/// What the endpoints of one port of one service have in common.
+pub struct Common {
+    pub service: ServiceName,
+    pub port: u16,
+    /// From which times are counted in this process.
+    pub base: Instant,
+    /// Requests that wait for a leg, to any endpoint.
+    pub pending: Arc<Bounded>,
 }
 
 /// What a target is known by, and where it is reached.
 pub struct Place {
     pub key: EndpointKey,
-    pub service: ServiceName,
-    pub port: u16,
     pub origin: Origin,
     pub server_ids: Arc<BTreeSet<SpiffeId>>,
-    pub address: Option<String>,
+    pub address: Option<Box<str>>,
 }
 
 impl Target {
-    pub fn new(
-        around: &Surroundings,
-        place: Place,
-        pending: &Arc<Bounded>,
-        ready: bool,
-        since: Option<Instant>,
-    ) -> Self {
-        let Place { key, service, port, origin, server_ids, address } = place;
+    pub fn new(around: &Surroundings, common: &Arc<Common>, place: Place, ready: bool, since: Option<Instant>) -> Self {
+        let Place { key, origin, server_ids, address } = place;
         Self {
-            counters: around.observed.target(&service.to_string(), &key),
+            counters: around.observed.target(&common.service, &key.cluster),
             key,
-            service,
-            port,
             origin,
             server_ids,
             address,
-            pool: Pool::new(around.pool),
+            pool: Pool::new(around.pool.clone()),
             warm: WarmLegs::new(around.warm_legs),
             ready: AtomicBool::new(ready),
             in_flight: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             waiting_since_ms: AtomicU64::new(0),
-            since_ms: AtomicU64::new(since.map_or(0, |since| ms_since(around.base, since))),
+            since_ms: AtomicU64::new(since.map_or(0, |since| ms_since(common.base, since))),
             latency: AtomicU64::new(PeakEwma::default().to_bits()),
-            base: around.base,
-            pending: pending.clone(),
-            outlier: Mutex::new(Outlier::new(around.outlier)),
+            common: common.clone(),
+            outlier: Mutex::new(Outlier::new(around.outlier.clone())),
         }
+    }
+
+    pub fn service(&self) -> &ServiceName {
+        &self.common.service
+    }
+
+    pub fn port(&self) -> u16 {
+        self.common.port
+    }
+
+    /// Requests that wait for a leg, to any endpoint of the service.
+    pub fn pending(&self) -> &Arc<Bounded> {
+        &self.common.pending
     }
 
     /// Whether it is the same endpoint at the same place.
@@ -104,13 +112,13 @@ impl Target {
 
     /// The response time to expect, if there has been one.
     pub fn expected_latency(&self, now: Instant) -> Option<Duration> {
-        let micros = self.latency().estimate_us(ms_since(self.base, now))?;
+        let micros = self.latency().estimate_us(ms_since(self.common.base, now))?;
         Some(Duration::from_micros(micros as u64))
     }
 
     /// Takes in a response time. Of two at once one may be lost, which an average can bear.
     pub fn sample(&self, after: Duration, now: Instant) {
-        let latency = self.latency().observe(after, ms_since(self.base, now));
+        let latency = self.latency().observe(after, ms_since(self.common.base, now));
         self.latency.store(latency.to_bits(), Ordering::Relaxed);
     }
 
@@ -140,13 +148,13 @@ impl Target {
 
     /// Its slow start begins.
     pub fn begins(&self, now: Instant) {
-        self.since_ms.store(ms_since(self.base, now).max(1), Ordering::Relaxed);
+        self.since_ms.store(ms_since(self.common.base, now).max(1), Ordering::Relaxed);
     }
 
     /// When it became fit for requests, if it was not so from the beginning.
     pub fn since(&self) -> Option<Instant> {
         let since_ms = self.since_ms.load(Ordering::Relaxed);
-        (since_ms != 0).then(|| self.base + Duration::from_millis(since_ms))
+        (since_ms != 0).then(|| self.common.base + Duration::from_millis(since_ms))
     }
 
     /// Whether requests were ever sent to it, and not only bytes.
@@ -157,7 +165,7 @@ impl Target {
     /// How many requests wait for their response to begin, and since when some do.
     pub fn waiting(&self) -> Option<(u32, Instant)> {
         let count = self.waiting.load(Ordering::Relaxed);
-        let since = self.base + Duration::from_millis(self.waiting_since_ms.load(Ordering::Relaxed));
+        let since = self.common.base + Duration::from_millis(self.waiting_since_ms.load(Ordering::Relaxed));
         (count > 0).then_some((count, since))
     }
 }
@@ -189,7 +197,7 @@ pub struct Waiting<'a> {
 impl<'a> Waiting<'a> {
     pub fn begin(target: &'a Target, now: Instant) -> Self {
         if target.waiting.fetch_add(1, Ordering::Relaxed) == 0 {
-            target.waiting_since_ms.store(ms_since(target.base, now).max(1), Ordering::Relaxed);
+            target.waiting_since_ms.store(ms_since(target.common.base, now).max(1), Ordering::Relaxed);
         }
         Self { target }
     }

@@ -156,7 +156,7 @@ async fn open_once(
     caller: &Caller,
     trace: Option<TraceParent>,
 ) -> Result<WithGateway<Leg>, Failure> {
-    let message = Open { port: target.port, client_address: Some(caller.address), trace, tracestate: None };
+    let message = Open { port: target.port(), client_address: Some(caller.address), trace, tracestate: None };
     target.warm.handle_use(Instant::now());
     while let Some(leg) = target.warm.take(outbound.dialer.stamp()) {
         match open_leg(outbound, target, leg, &message).await? {

@@ -103,7 +103,7 @@ async fn probe(outbound: Arc<Outbound>, route: Arc<Route>, target: Arc<Target>) 
 /// The far sidecar asks its application on a fresh connection; a far gateway or sidecar that fails is as bad.
 async fn probe_http(outbound: &Arc<Outbound>, target: &Arc<Target>) -> bool {
     let Ok(leg) = outbound.dialer.shared(target, None).await else { return false };
-    let question = probe::question(&format!("{}:{}", target.service.clusterset_name(), target.port));
+    let question = probe::question(&format!("{}:{}", target.service().clusterset_name(), target.port()));
     match leg.send(question).await {
         Ok(response) => match probe::found(response.headers()) {
             Some(found) => found == Found::Alive,
@@ -120,7 +120,7 @@ async fn probe_http(outbound: &Arc<Outbound>, target: &Arc<Target>) -> bool {
 
 async fn probe_opaque(outbound: &Arc<Outbound>, target: &Arc<Target>) -> bool {
     let Ok(mut dialled) = outbound.dialer.dial(target, Alpn::Tcp, None).await else { return false };
-    let message = Open { port: target.port, client_address: None, trace: None, tracestate: None };
+    let message = Open { port: target.port(), client_address: None, trace: None, tracestate: None };
     opaque::open(&mut dialled.leg.stream, &message).await.is_ok()
 }
 

@@ -6,7 +6,6 @@ use tombolo_core::id::SpiffeId;
 use tombolo_core::model::{
     AppProtocol, ClusterShare, Export, Freshness, Origin, ServiceKind, ServicePort, SessionAffinity, Transport,
 };
-use tombolo_core::outlier::OutlierConfig;
 use tombolo_leg::discovery::ShareView;
 use tombolo_runtime::metrics::Metrics;
 use tombolo_trust::svid::SvidSource;
@@ -66,9 +65,9 @@ fn services() -> (Services, watch::Sender<ServiceState>, Arc<AtomicUsize>, Metri
         svid: SvidSource::new(),
         gateways: Default::default(),
         observed: Observed::new(&metrics),
-        pool: PoolLimits { requests_per_leg: 8, legs: 2, idle: Duration::from_secs(1) },
+        pool: PoolLimits { requests_per_leg: 8, legs: 2, idle: Duration::from_secs(1) }.into(),
         warm_legs: 0,
-        outlier: OutlierConfig::default(),
+        outlier: Arc::default(),
         retry_share: 0.2,
         upkeep: Arc::default(),
         base: Instant::now(),
