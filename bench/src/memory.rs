@@ -42,9 +42,9 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
     let (sidecars, gateways) = (["client sidecar", "server sidecar"], ["near gateway", "far gateway"]);
     let federations = ["exporting federation", "importing federation"];
     let mut bars = vec![
-        Bar::new("sidecar idle, MB", Want::AtMost(20.0), worst(&sidecars, IDLE)),
+        Bar::new("sidecar idle, MB", Want::AtMost(15.0), worst(&sidecars, IDLE)),
         Bar::new("gateway idle, MB", Want::AtMost(20.0), worst(&gateways, IDLE)),
-        Bar::new("sidecar with 1,000 connections, MB", Want::AtMost(45.0), worst(&sidecars, OPEN)),
+        Bar::new("sidecar with 1,000 connections, MB", Want::AtMost(40.0), worst(&sidecars, OPEN)),
         Bar::new("gateway with 1,000 connections, MB", Want::AtMost(45.0), worst(&gateways, OPEN)),
         Bar::new("federation, 2 clusters and 100 services, MB", Want::AtMost(30.0), worst(&federations, OPEN)),
     ];
