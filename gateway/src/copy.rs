@@ -12,6 +12,7 @@ use quinn::{ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError}
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::net::tcp::ReadHalf;
+use tokio::task::coop;
 use tokio::time::{timeout, timeout_at};
 use tombolo_core::stall::Receiver;
 
@@ -130,27 +131,34 @@ async fn into_tunnel(leg: &Pumps<'_>, mut tcp: ReadHalf<'_>, send: &mut SendStre
     let mut size = READ_MIN;
     let mut buffer = BytesMut::new();
     loop {
-        tcp.readable().await.map_err(|_| LegEnd::TcpReset)?;
+        let count = read(&mut tcp, &mut buffer, size).await.map_err(|_| LegEnd::TcpReset)?;
+        if count == 0 {
+            // The far gateway may have stopped the stream; then there is nobody left to tell.
+            let _ = send.finish();
+            return Ok(());
+        }
+        let full = buffer.len() == buffer.capacity();
+        size = if full { (size * 2).min(READ_MAX) } else { size.min(count.max(READ_MIN) * 2) };
+        send.write_chunk(buffer.split().freeze()).await.map_err(write_end)?;
+        leg.meters.into_tunnel.inc_by(count as u64);
+    }
+}
+
+/// Waits for bytes and reads them, 0 at the end; takes memory for `size` of them when there are any.
+async fn read(tcp: &mut ReadHalf<'_>, buffer: &mut BytesMut, size: usize) -> io::Result<usize> {
+    loop {
+        tcp.readable().await?;
         if buffer.capacity() < READ_MIN {
-            buffer = BytesMut::with_capacity(size);
+            *buffer = BytesMut::with_capacity(size);
         }
-        let room = buffer.capacity();
         // Unlike `try_read_buf`, a read that leaves room waits for more without asking the kernel once more.
-        match tcp.read_buf(&mut buffer).now_or_never() {
-            None => buffer = BytesMut::new(),
-            Some(Ok(0)) => {
-                // The far gateway may have stopped the stream; then there is nobody left to tell.
-                let _ = send.finish();
-                return Ok(());
-            }
-            Some(Ok(count)) => {
-                size = if count == room { (size * 2).min(READ_MAX) } else { size.min(count.max(READ_MIN) * 2) };
-                let chunk = buffer.split().freeze();
-                send.write_chunk(chunk).await.map_err(write_end)?;
-                leg.meters.into_tunnel.inc_by(count as u64);
-            }
-            Some(Err(_)) => return Err(LegEnd::TcpReset),
+        if let Some(read) = tcp.read_buf(buffer).now_or_never() {
+            return read;
         }
+        // There was nothing after all. Or this task has had its turn: reading then pretends that there is nothing, while
+        // `readable` goes on saying that there is, so that nobody else would ever run.
+        *buffer = BytesMut::new();
+        coop::consume_budget().await;
     }
 }
 
@@ -185,7 +193,11 @@ async fn out_of_tunnel(leg: &Pumps<'_>, tcp: &TcpStream, recv: &mut RecvStream) 
             }
         };
         match read.map_err(read_end)? {
-            Some(count) => write_all(leg, tcp, &mut sink, &mut chunks[..count]).await?,
+            Some(count) => {
+                write_all(leg, tcp, &mut sink, &mut chunks[..count]).await?;
+                // Neither a stream that has more nor a receiver that takes it would ever let others run.
+                coop::consume_budget().await;
+            }
             None => {
                 // ENOTCONN when the other side is gone: the up direction will say so.
                 let _ = socket2::SockRef::from(tcp).shutdown(std::net::Shutdown::Write);
@@ -286,6 +298,8 @@ fn advance(chunks: &mut [Bytes], mut count: usize) -> &mut [Bytes] {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
 
     #[tokio::test]
@@ -296,5 +310,24 @@ mod tests {
         let socket = socket2::SockRef::from(&tcp);
         assert!(socket.keepalive().unwrap());
         assert!(socket.tcp_keepalive_time().unwrap() <= Duration::from_secs(30));
+    }
+    #[test]
+    fn a_leg_that_has_had_its_turn_lets_others_run() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let task = runtime.spawn(async {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (mut far, _) = listener.accept().await.unwrap();
+            far.write_all(b"bytes").await.unwrap();
+            near.readable().await.unwrap();
+            while coop::has_budget_remaining() {
+                coop::consume_budget().await;
+            }
+            read(&mut near.split().0, &mut BytesMut::new(), READ_MIN).await.unwrap()
+        });
+        let read = runtime.block_on(async { timeout(Duration::from_secs(10), task).await });
+        // The runtime's end would wait for a task that never yields.
+        runtime.shutdown_background();
+        assert_eq!(read.expect("the task yields").unwrap(), 5);
     }
 }
